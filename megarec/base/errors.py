@@ -1,0 +1,52 @@
+"""The one error that is the user's to mend, and the exit codes every command keeps."""
+
+import errno
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NoReturn
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Input or configuration is wrong: one line that says what, where and what to do.
+
+    Args:
+        what: what is wrong.
+        where: the file, row, key or value it is wrong at.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        line = what if not where else f"{where}: {what}"
+        super().__init__(line if not fix else f"{line}. {fix}")
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """A "did you mean" clause for `word`, or the list of what is allowed."""
+    close = get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"Did you mean '{close[0]}'?" if close else f"Allowed: {', '.join(sorted(words))}"
+
+
+def run_command(body: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process: 0 done, 2 the user's mistake, 1 anything else.
+
+    A user's mistake and a full disk are one line on standard error, never a traceback.
+    """
+    code = EXIT_DONE
+    try:
+        body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"error: no space left on the disk{where}. Free some and run again", file=sys.stderr)  # noqa: T201
+        code = EXIT_FAILED
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,109 @@
+"""From a command line to a mapping: hydra composes, typos are refused, `--help` answers at once.
+
+This and its siblings in `megarec.cli` are the only places that know hydra; nothing here imports torch.
+"""
+
+import sys
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megarec.base.config import flatten, plain
+from megarec.base.errors import UserError, nearest
+
+
+def read_command_line(name: str, kind: type, *, about: str, presets: str | None = None) -> dict[str, Any]:
+    """The settings of one command: the defaults of `kind`, a preset file, then `key=value` from the command line.
+
+    Prints help or the composed settings and ends the process when asked to (`--help`, `--show-config`).
+
+    Args:
+        name: the command, as the user types it.
+        kind: the dataclass of its settings; its field defaults are the defaults.
+        about: what the command does, for `--help`.
+        presets: the yaml file in `megarec.conf` that sits on top of the defaults, without its suffix.
+
+    Raises:
+        UserError: an unknown key (names the nearest), a `+key`, an unknown preset, a broken override.
+    """
+    arguments = sys.argv[1:]
+    if any(a in ("-h", "--help") for a in arguments):
+        settings = _compose(kind, presets, [])
+        print(_help(name, about, settings))  # noqa: T201
+        sys.exit(0)
+    show = "--show-config" in arguments
+    overrides = [a for a in arguments if a != "--show-config"]
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"'{override}' is not of the form key=value", where=name, fix=f"See {name} --help")
+        if override.startswith(("+", "~")):
+            raise UserError(f"'{override}' adds or removes a key", where=name, fix="Only existing keys can be set")
+    settings = _compose(kind, presets, overrides)
+    if show:
+        print(yaml.safe_dump(settings, sort_keys=False), end="")  # noqa: T201
+        sys.exit(0)
+    return settings
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The field defaults of a dataclass as a plain mapping; a field without one is `???`."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.default is not MISSING:
+            value: Any = field.default
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        else:
+            value = "???"
+        if is_dataclass(value) and not isinstance(value, type):
+            value = plain(value)
+        values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def _compose(kind: type, presets: str | None, overrides: list[str]) -> dict[str, Any]:
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=defaults_of(kind))
+    with initialize_config_module(config_module="megarec.conf", version_base="1.3"):
+        try:
+            composed = compose(config_name=presets or "defaults", overrides=overrides)
+            missing = sorted(OmegaConf.missing_keys(composed))
+            settings = OmegaConf.to_container(composed, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(error, presets, overrides) from None
+    assert isinstance(settings, dict)
+    help_only = not overrides
+    if missing and not help_only:
+        raise UserError(f"{', '.join(missing)} not set", fix=f"Give {missing[0]}=...")
+    return {str(k): v for k, v in settings.items()}
+
+
+def _explain(error: Exception, presets: str | None, overrides: list[str]) -> UserError:
+    """Turns hydra's message about an override into one line that names the nearest key."""
+    with_groups = [o for o in overrides if "/" in o.split("=")[0]]
+    try:
+        composed = compose(config_name=presets or "defaults", overrides=with_groups)
+        known = list(flatten(OmegaConf.to_container(composed, resolve=False)))  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException):
+        known = []
+    for override in overrides:
+        key = override.split("=")[0]
+        if known and key not in known and not any(k.startswith(f"{key}.") for k in known):
+            return UserError(f"unknown key '{key}'", fix=nearest(key, known))
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(first_line, where="command line")
+
+
+def _help(name: str, about: str, settings: dict[str, Any]) -> str:
+    lines = [f"{name} key=value ...", "", about.strip(), "", "Keys and their defaults (??? must be given):", ""]
+    flat = flatten(settings)
+    width = max(len(key) for key in flat)
+    lines += [f"  {key:<{width}}  {'' if value is None else value}" for key, value in flat.items()]
+    lines += ["", "--help this page   --show-config the settings after all overrides, as yaml"]
+    return "\n".join(lines)

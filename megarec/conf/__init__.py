@@ -1,0 +1,1 @@
+"""The yaml presets that hydra composes."""

@@ -1,0 +1,67 @@
+"""The parts a model is made of, in every filling: plain torch here, Megatron-Core's in `megatron_parts.py`.
+
+A model file names parts and never asks which filling it got. `T` packed tokens, `N` heads; a part that is split
+over tensor-parallel ranks says so in its name, and its local sizes are the global ones divided by `tp_size`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megarec.parallel.placement import Init, Placement, place
+
+
+class MakeLinear(Protocol):
+    """Makes a linear map of `[*, in_width]` to `[*, out_width]`; weight normal(0, `std`), bias zero."""
+
+    def __call__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> nn.Module:
+        """The map as a module: `module(x)`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a model is filled with.
+
+    Attributes:
+        linear: a linear map that every rank holds whole.
+        column_linear: one whose output features are split over tensor-parallel ranks: every token, local features.
+        row_linear: one whose input features are split; its output is summed over tensor-parallel ranks.
+        enter_heads: brings a parameter shared by all heads into a head-sharded region (identity forward, gradient
+            summed over tensor-parallel ranks).
+        tp_size: the number of tensor-parallel ranks.
+    """
+
+    linear: MakeLinear
+    column_linear: MakeLinear
+    row_linear: MakeLinear
+    enter_heads: Callable[[Tensor], Tensor]
+    tp_size: int = 1
+
+
+class Linear(nn.Module):
+    """`y = x W^T + b` with weight `[out_width, in_width]`."""
+
+    def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> None:
+        super().__init__()
+        self.weight = whole_parameter((out_width, in_width), Init(kind="normal", std=std))
+        self.bias = whole_parameter((out_width,), Init()) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, in_width]` to `[*, out_width]`."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def whole_parameter(shape: tuple[int, ...], init: Init) -> nn.Parameter:
+    """A parameter that every rank holds whole."""
+    placement = Placement(global_shape=shape, replicated_over=("tp", "dp"), init=init)
+    return place(nn.Parameter(torch.zeros(shape)), placement)
+
+
+def local_parts() -> Parts:
+    """Plain torch on one device: for inference and as the twin that every other filling is held against."""
+    return Parts(linear=Linear, column_linear=Linear, row_linear=Linear, enter_heads=lambda x: x)
