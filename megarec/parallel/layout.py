@@ -1,0 +1,71 @@
+"""How the ranks of a job share the model: sizes of the tensor, pipeline, context and data dimension."""
+
+from dataclasses import dataclass
+
+from megarec.base.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """The sizes of one replica; the data-parallel size is what is left of the world.
+
+    Attributes:
+        tensor: ranks that split every layer.
+        pipeline: stages that split the stack of layers.
+        virtual: chunks of layers per stage (interleaved schedule), or None.
+        context: ranks that split the tokens of a pack.
+        sequence_parallel: split the tokens between the layers' products over the tensor-parallel ranks too.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    context: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context"):
+            if getattr(self, name) < 1:
+                raise UserError("a layout size is at least 1", where=f"layout.{name}")
+        if self.sequence_parallel and self.tensor == 1:
+            raise UserError(
+                "sequence parallelism splits tokens over tensor-parallel ranks, and there is one",
+                where="layout.sequence_parallel",
+                fix="Set it to false or layout.tensor above 1",
+            )
+        if self.virtual is not None and (self.pipeline == 1 or self.virtual < 2):
+            raise UserError(
+                "virtual stages need at least 2 chunks on each of at least 2 stages",
+                where="layout.virtual",
+                fix="Set it to null or raise layout.pipeline",
+            )
+
+    @property
+    def replica(self) -> int:
+        """The number of ranks that hold one copy of the model together."""
+        return self.tensor * self.pipeline * self.context
+
+    def data(self, world: int) -> int:
+        """The number of data-parallel replicas in a `world` of ranks.
+
+        Raises:
+            UserError: a replica does not divide the world.
+        """
+        if world % self.replica:
+            raise UserError(
+                f"one replica takes {self.replica} ranks (tensor x pipeline x context), which does not divide {world}",
+                where="layout",
+            )
+        return world // self.replica
+
+    def check_model(self, *, width: int, num_heads: int, num_layers: int, tokens_per_pack: int) -> None:
+        """Refuses a model that this layout cannot cut into equal pieces."""
+        chunks = self.pipeline * (self.virtual or 1)
+        for what, size, parts in (
+            ("the width", width, self.tensor),
+            ("the number of heads", num_heads, self.tensor),
+            ("the number of layers", num_layers, chunks),
+            ("tokens_per_pack", tokens_per_pack, self.tensor * self.context),
+        ):
+            if size % parts:
+                raise UserError(f"{what} ({size}) must be a multiple of {parts}", where="layout")

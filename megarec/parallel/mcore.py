@@ -1,0 +1,41 @@
+"""The only door to Megatron-Core: everything the package takes from it, imported in the right order.
+
+Without CUDA the import hook has to be there before the first module of Megatron-Core, so nobody else imports it.
+"""
+
+from megarec.parallel.megatron_on_cpu import install
+
+install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+__all__ = [
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "MegatronOptimizer",
+    "ModelType",
+    "OptimizerConfig",
+    "RowParallelLinear",
+    "TransformerConfig",
+    "copy_to_tensor_model_parallel_region",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_megatron_optimizer",
+    "parallel_state",
+]

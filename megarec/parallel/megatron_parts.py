@@ -1,0 +1,105 @@
+"""The parts of a model on Megatron-Core: linear maps split over tensor-parallel ranks.
+
+Names and shapes of the parameters are those of the plain parts, so the same weights fill both.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megarec.parallel.groups import ParallelGroups
+from megarec.parallel.mcore import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TransformerConfig,
+    copy_to_tensor_model_parallel_region,
+)
+from megarec.parallel.parts import Linear, Parts
+from megarec.parallel.placement import Init, Placement, place
+
+
+def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
+    """Parts whose split maps are Megatron-Core's, on the tensor-parallel ranks of `groups`."""
+    return Parts(
+        linear=Linear,
+        column_linear=partial(ColumnLinear, groups=groups, config=config),
+        row_linear=partial(RowLinear, groups=groups, config=config),
+        enter_heads=copy_to_tensor_model_parallel_region,
+        tp_size=groups.tensor.size,
+    )
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """`y = x W^T + b`, the rows of `W` `[out_width, in_width]` split: `[*, in_width]` to `[*, local_out_width]`."""
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        bias: bool,
+        std: float,
+        groups: ParallelGroups,
+        config: TransformerConfig,
+    ) -> None:
+        super().__init__(
+            in_width,
+            out_width,
+            config=config,
+            init_method=nn.init.zeros_,  # unused: placement.initialize fills every weight
+            bias=bias,
+            gather_output=False,
+        )
+        rows = partial(_place_piece, split_dim=0, groups=groups)
+        rows(self.weight, (out_width, in_width), Init(kind="normal", std=std))
+        if bias:
+            rows(self.bias, (out_width,), Init())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, in_width]` to `[*, local_out_width]`."""
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """`y = x W^T + b`, the columns of `W` `[out_width, in_width]` split: `[*, local_in_width]` to `[*, out_width]`."""
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        bias: bool,
+        std: float,
+        groups: ParallelGroups,
+        config: TransformerConfig,
+    ) -> None:
+        super().__init__(
+            in_width,
+            out_width,
+            config=config,
+            init_method=nn.init.zeros_,  # unused: placement.initialize fills every weight
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        _place_piece(self.weight, (out_width, in_width), Init(kind="normal", std=std), split_dim=1, groups=groups)
+        if bias:
+            sums = ("tp",) if config.sequence_parallel else ()
+            whole = Placement(global_shape=(out_width,), replicated_over=("tp", "dp"), grad_sum_over=sums)
+            place(self.bias, whole)
+            with torch.no_grad():
+                self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, local_in_width]` to `[*, out_width]`."""
+        return super().forward(x)[0]
+
+
+def _place_piece(
+    parameter: nn.Parameter, shape: tuple[int, ...], init: Init, *, split_dim: int, groups: ParallelGroups
+) -> None:
+    offset = groups.tensor.rank * parameter.shape[split_dim]
+    place(parameter, Placement(global_shape=shape, split_dim=split_dim, offset=offset, init=init))
+    with torch.no_grad():
+        parameter.zero_()  # Megatron-Core leaves it uninitialised
