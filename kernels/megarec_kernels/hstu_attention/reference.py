@@ -1,0 +1,42 @@
+"""HSTU attention written straight from the equation, one history at a time, all of its scores at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def time_bucket(seconds: Tensor, num_buckets: int) -> Tensor:
+    """`clamp(int(log(max(1, |seconds|)) / 0.301), 0, num_buckets)`, int64."""
+    return (seconds.abs().clamp(min=1).double().log() / 0.301).long().clamp(0, num_buckets)
+
+
+def hstu_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    divisor: float,
+    position_bias: Tensor | None = None,
+    time_bias: Tensor | None = None,
+    timestamp: Tensor | None = None,
+    query_timestamp: Tensor | None = None,
+) -> Tensor:
+    """The slow twin of `hstu_attention`: same arguments, any float dtype, gradients by autograd."""
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        scores = scale * torch.einsum("inh,jnh->nij", q[first:last], k[first:last])
+        row = torch.arange(last - first, device=q.device)
+        distance = row[:, None] - row[None, :]
+        if position_bias is not None:
+            scores = scores + position_bias[distance.clamp(min=0)]
+        if time_bias is not None:
+            assert timestamp is not None and query_timestamp is not None
+            seconds = query_timestamp[first:last, None] - timestamp[None, first:last]
+            scores = scores + time_bias[time_bucket(seconds, len(time_bias) - 1)]
+        weights = F.silu(scores).masked_fill(distance < 0, 0.0) / divisor
+        outputs.append(torch.einsum("nij,jnh->inh", weights, v[first:last]))
+    outputs.append(v.new_zeros(v.shape[0] - bounds[-1], *v.shape[1:]))
+    return torch.cat(outputs)

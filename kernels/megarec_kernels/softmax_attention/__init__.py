@@ -1,0 +1,34 @@
+"""Causal softmax attention over histories laid end to end."""
+
+from torch import Tensor
+
+from megarec_kernels.softmax_attention.cpu import JaggedSoftmaxAttention
+from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, plan: TilePlan | None = None
+) -> Tensor:
+    """Each token attends to itself and to the earlier tokens of its own history.
+
+    `out_i = sum_{j <= i} softmax_j(scale q_i . k_j) v_j`, per head. Tokens from `cu_seqlens[-1]` on are dead: output
+    and gradients are 0 whatever they hold. Memory is linear in T; bf16 inputs are summed in fp32. The same inputs
+    give the same bits.
+
+    Args:
+        q: `[T, N, H]` float64, float32 or bfloat16.
+        k: as `q`.
+        v: `[T, N, Hv]`.
+        cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0, ends at or before T.
+        scale: the factor of `q . k`, usually `H ** -0.5`.
+        plan: `plan_tiles(cu_seqlens)`, made once and shared by all layers of a step.
+
+    Returns:
+        `[T, N, Hv]` in the dtype of `q`.
+
+    Raises:
+        ValueError: a shape or dtype is wrong; names the argument.
+    """
+    plan = plan_for(cu_seqlens, plan)
+    check_jagged_attention(q, k, v, plan)
+    return JaggedSoftmaxAttention.apply(q, k, v, scale, plan)

@@ -1,0 +1,17 @@
+"""Causal softmax attention written straight from the equation, one history at a time, all of its scores at once."""
+
+import torch
+from torch import Tensor
+
+
+def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float) -> Tensor:
+    """The slow twin of `softmax_attention`: same arguments, any float dtype, gradients by autograd."""
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        scores = scale * torch.einsum("inh,jnh->nij", q[first:last], k[first:last])
+        row = torch.arange(last - first, device=q.device)
+        scores = scores.masked_fill(row[:, None] < row[None, :], float("-inf"))
+        outputs.append(torch.einsum("nij,jnh->inh", scores.softmax(dim=-1), v[first:last]))
+    outputs.append(v.new_zeros(v.shape[0] - bounds[-1], *v.shape[1:]))
+    return torch.cat(outputs)

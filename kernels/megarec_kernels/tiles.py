@@ -1,0 +1,181 @@
+"""Cuts a pack of histories of unequal length into tiles of nearly equal length, once per pack.
+
+An attention kernel on plain torch wants rectangles; a pack has histories of 1 to thousands of events. A *tile* is a
+few histories of similar length, padded to the longest of them, small enough that its scores stay in the cache.
+Every layer of a step shares the plan, because it depends on `cu_seqlens` alone.
+
+Padding repeats the last token of its own history, so nothing is ever read from another history or from the dead
+tail. Causal attention then needs no length mask: a padding key comes after every real query of its history.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS_PER_BLOCK = 128
+MAX_PAIRS = 1 << 17
+SMALL_PAIRS = 1 << 14
+MAX_PADDING = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """`num_users` histories, each padded to `length` rows.
+
+    Attributes:
+        num_users: histories in the tile.
+        length: rows per history.
+        token: `[num_users * length]` int64, the token in every row.
+        real: the rows that are no padding, int64.
+        padding: the other rows, int64.
+    """
+
+    num_users: int
+    length: int
+    token: Tensor
+    real: Tensor
+    padding: Tensor
+
+    def row_blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges `[first, last)` of query rows; the keys of such a block are the rows `[0, last)`."""
+        for first in range(0, self.length, ROWS_PER_BLOCK):
+            yield first, min(first + ROWS_PER_BLOCK, self.length)
+
+    def take(self, values_NTH: Tensor) -> Tensor:
+        """The rows of all heads, `[N, T, H]` to `[N * num_users, length, H]`."""
+        heads, _, width = values_NTH.shape
+        return values_NTH.index_select(1, self.token).view(heads * self.num_users, self.length, width)
+
+    def take_gradient(self, gradient_NTH: Tensor) -> Tensor:
+        """As `take`, with zeros in the padding, so that padding rows push nothing back."""
+        rows = self.take(gradient_NTH)
+        if len(self.padding):
+            rows.view(gradient_NTH.shape[0], -1, gradient_NTH.shape[2]).index_fill_(1, self.padding, 0)
+        return rows
+
+    def put(self, rows: Tensor, values_NTH: Tensor) -> None:
+        """Writes the real ones of `rows` to their tokens: the way back of `take`."""
+        heads, _, width = values_NTH.shape
+        rows = rows.view(heads, self.num_users * self.length, width)
+        if len(self.padding):
+            rows = rows.index_select(1, self.real)
+        values_NTH.index_copy_(1, self.token[self.real], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilePlan:
+    """The tiles of one pack, for the `cu_seqlens` they were made of."""
+
+    cu_seqlens: Tensor
+    max_length: int
+    tiles: tuple[Tile, ...]
+
+
+def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
+    """Groups the histories of a pack into tiles, longest first.
+
+    A history joins a tile while the padded pairs stay within 1.25 times the real ones (or the tile is so small that
+    starting another would cost more) and one block of rows keeps to `MAX_PAIRS` scores per head.
+
+    Args:
+        cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0.
+
+    Raises:
+        ValueError: `cu_seqlens` is no such vector.
+    """
+    check_cu_seqlens(cu_seqlens)
+    bounds: list[int] = cu_seqlens.tolist()
+    lengths = [last - first for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    order = sorted((user for user, length in enumerate(lengths) if length), key=lambda user: -lengths[user])
+    tiles = [_make_tile([(bounds[user], lengths[user]) for user in users]) for users in _group(order, lengths)]
+    return TilePlan(
+        cu_seqlens=cu_seqlens.clone(),
+        max_length=max(lengths, default=0),
+        tiles=tuple(_to_device(tile, cu_seqlens.device) for tile in tiles),
+    )
+
+
+def _group(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    users: list[int] = []
+    length = real_pairs = 0
+    for user in order:
+        pairs = (len(users) + 1) * length**2
+        grown = real_pairs + lengths[user] ** 2
+        wasteful = pairs > MAX_PADDING * grown and pairs > SMALL_PAIRS
+        large = (len(users) + 1) * length * min(length, ROWS_PER_BLOCK) > MAX_PAIRS
+        if users and (wasteful or large):
+            yield users
+            users, grown = [], lengths[user] ** 2
+        length = length if users else lengths[user]
+        users.append(user)
+        real_pairs = grown
+    if users:
+        yield users
+
+
+def _make_tile(histories: list[tuple[int, int]]) -> Tile:
+    starts, lengths = torch.tensor(histories).unsqueeze(2).unbind(1)
+    length = int(lengths.max())
+    row = torch.arange(length)
+    real = (row < lengths).flatten()
+    return Tile(
+        num_users=len(histories),
+        length=length,
+        token=(starts + torch.minimum(row, lengths - 1)).flatten(),
+        real=real.nonzero().squeeze(1),
+        padding=(~real).nonzero().squeeze(1),
+    )
+
+
+def _to_device(tile: Tile, device: torch.device) -> Tile:
+    if device.type == "cpu":
+        return tile
+    return Tile(
+        num_users=tile.num_users,
+        length=tile.length,
+        token=tile.token.to(device),
+        real=tile.real.to(device),
+        padding=tile.padding.to(device),
+    )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Refuses anything but `[B + 1]` integers that start with 0 and never fall."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64 [B + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError("cu_seqlens must start with 0 and never fall")
+
+
+def check_jagged_attention(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> None:
+    """Refuses shapes and dtypes that no attention kernel of ours takes; says which argument is wrong."""
+    if q.dim() != 3:
+        raise ValueError(f"q must be [T, N, H], got {list(q.shape)}")
+    if q.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+        raise ValueError(f"q must be float64, float32 or bfloat16, got {q.dtype}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {list(q.shape)}, got {list(k.shape)}")
+    if v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v must be [T, N, Hv] with T, N = {list(q.shape[:2])}, got {list(v.shape)}")
+    for name, value in (("k", k), ("v", v)):
+        if value.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {value.dtype}")
+    if int(plan.cu_seqlens[-1]) > q.shape[0]:
+        raise ValueError(f"cu_seqlens ends at {int(plan.cu_seqlens[-1])}, but q has {q.shape[0]} tokens")
+
+
+def plan_for(cu_seqlens: Tensor, plan: TilePlan | None) -> TilePlan:
+    """The given plan if it was made of these `cu_seqlens`, a new one if none is given."""
+    if plan is None:
+        return plan_tiles(cu_seqlens)
+    if not torch.equal(plan.cu_seqlens, cu_seqlens):
+        raise ValueError("plan was made of other cu_seqlens")
+    return plan
+
+
+def heads_first(values_TNH: Tensor) -> Tensor:
+    """`[T, N, H]` to contiguous `[N, T, H]` in the dtype sums are kept in: fp32 for bf16."""
+    work_dtype = torch.promote_types(values_TNH.dtype, torch.float32)
+    return values_TNH.transpose(0, 1).to(work_dtype).contiguous()
