@@ -1,0 +1,167 @@
+"""What the columns of an event log mean: who, what, when, and how it went."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megarec.base.config import build
+from megarec.base.errors import UserError, nearest
+
+Role = Literal["item_side", "context", "feedback"]
+FieldKind = Literal["id", "categorical", "numeric", "flag"]
+
+RESERVED_NAMES = ("item", "user", "timestamp")
+MAX_QUANTILES = 1000
+MAX_SCHEMA_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldSchema:
+    """One field of an event; two fields may read the same column.
+
+    Attributes:
+        column: the column of the log it is read from.
+        role: `item_side` belongs to the item (artist, category), `context` is known before the choice (device, hour),
+            `feedback` only after it (rating, played ratio).
+        kind: `id` and `categorical` get a vocabulary (an id is text or an integer, a categorical whatever the log has),
+            `numeric` is cut into bins, `flag` is yes or no.
+        edges: numeric: the bin edges, ascending; a value lies in the bin with as many edges below or at it.
+        num_quantiles: numeric: bins of equal share found from the train events, instead of `edges`.
+        at_least: flag: yes when the value is at least this; without it the column holds true/false or 1/0.
+        max_values: more than 1 for a column of lists, of which the first `max_values` are kept.
+        separator: what divides the values of a list written as text.
+    """
+
+    column: str
+    role: Role
+    kind: FieldKind
+    edges: tuple[float, ...] = ()
+    num_quantiles: int = 0
+    at_least: float | None = None
+    max_values: int = 1
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"field of column '{self.column}'"
+        if self.kind == "numeric":
+            if bool(self.edges) == bool(self.num_quantiles):
+                raise UserError("a numeric field needs either edges or num_quantiles", where=where)
+            if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)):
+                raise UserError("edges are not ascending", where=where)
+            if self.num_quantiles and not 2 <= self.num_quantiles <= MAX_QUANTILES:
+                raise UserError(f"num_quantiles is not between 2 and {MAX_QUANTILES}", where=where)
+        elif self.edges or self.num_quantiles:
+            raise UserError(f"edges and num_quantiles belong to numeric fields, this is {self.kind}", where=where)
+        if self.at_least is not None and self.kind != "flag":
+            raise UserError(f"at_least belongs to flag fields, this is {self.kind}", where=where)
+        if not 1 <= self.max_values <= 255:
+            raise UserError("max_values is not between 1 and 255", where=where)
+        if self.max_values > 1 and self.kind not in ("id", "categorical"):
+            raise UserError(f"only id and categorical fields hold several values, this is {self.kind}", where=where)
+        if self.separator is not None and (self.max_values == 1 or not self.separator):
+            raise UserError("separator needs max_values above 1 and at least one character", where=where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """How to read a log.
+
+    Attributes:
+        name: what messages call it.
+        user, item: the columns of the user's and the item's id: integers of 64 bits or text.
+        timestamp: the column of the time; None keeps the order of the log.
+        timestamp_unit: of numbers: seconds, milli- or microseconds since 1970 (`auto` decides by their size); `iso` is
+            text such as 2024-05-01T12:00:00Z. Columns of a timestamp type need no unit.
+        fields: what else to read, by the name the field has from here on.
+        keep: rows to read: those whose column holds one of the values. Others are counted, not rejected.
+        optional_columns: columns of `fields` and `keep` that a log may lack; it then has no such field or filter.
+        file_format: of files whose suffix does not say it.
+        delimiter: between the values of a line; by default a comma in `csv`, a tab in `tsv`.
+        quoted: whether a value may stand in double quotes; by default in `csv` only.
+        column_names: of files without a header line.
+    """
+
+    name: str
+    user: str
+    item: str
+    timestamp: str | None = None
+    timestamp_unit: Literal["auto", "s", "ms", "us", "iso"] = "auto"
+    fields: dict[str, FieldSchema] = field(default_factory=dict)
+    keep: dict[str, list[Any]] = field(default_factory=dict)
+    optional_columns: tuple[str, ...] = ()
+    file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
+    delimiter: str | None = None
+    quoted: bool | None = None
+    column_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"schema '{self.name}'"
+        for name in self.fields:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+                raise UserError(f"'{name}' is no field name", where=where, fix="Use letters, digits and underscores")
+            if name in RESERVED_NAMES:
+                raise UserError(f"the field name '{name}' is taken", where=where, fix="Choose another")
+        if self.delimiter is not None and (not self.delimiter or not self.delimiter.isascii()):
+            raise UserError("the delimiter is not one or more ASCII characters", where=where)
+        if self.delimiter is not None and len(self.delimiter) > 1 and self.quoted:
+            raise UserError("quoted values need a delimiter of one character", where=where)
+        for column in self.optional_columns:
+            if column in (self.user, self.item, self.timestamp):
+                raise UserError(f"the column '{column}' cannot be optional", where=where)
+        for column, values in self.keep.items():
+            if not values or not all(isinstance(v, str | int | float | bool) for v in values):
+                raise UserError(f"keep.{column} is not a list of values", where=where)
+
+    def columns(self) -> list[str]:
+        """Every column that is read, each once."""
+        wanted = [self.user, self.item, self.timestamp, *(f.column for f in self.fields.values()), *self.keep]
+        return list(dict.fromkeys(c for c in wanted if c is not None))
+
+
+def ready_schemas() -> list[str]:
+    """The names of the schemas that ship with megarec."""
+    folder = resources.files("megarec.data") / "schemas"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_schema(path_or_name: str | Path) -> Schema:
+    """A ready schema by its name, or the schema in a yaml file.
+
+    Raises:
+        UserError: neither exists (names the nearest ready schema), or the file does not hold a valid schema.
+    """
+    text = str(path_or_name)
+    if text in ready_schemas():
+        content = (resources.files("megarec.data") / "schemas" / f"{text}.yaml").read_text(encoding="utf-8")
+        return parse_schema(content, where=text)
+    path = Path(text)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            raise UserError("no such schema file", where=text)
+        raise UserError(f"unknown schema '{text}'", fix=nearest(text, [*ready_schemas(), "infer"]))
+    if path.stat().st_size > MAX_SCHEMA_BYTES:
+        raise UserError(f"a schema is at most {MAX_SCHEMA_BYTES} bytes", where=text)
+    return parse_schema(path.read_text(encoding="utf-8", errors="replace"), where=text)
+
+
+def parse_schema(text: str, *, where: str) -> Schema:
+    """The schema in a yaml text; `where` names it in messages.
+
+    Raises:
+        UserError: the text is not yaml or does not hold a valid schema.
+    """
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid yaml ({' '.join(str(error).split())})", where=where) from None
+    if not isinstance(mapping, Mapping):
+        raise UserError("a schema is a mapping of keys", where=where, fix="See docs/data_format.md")
+    try:
+        return build(Schema, mapping)
+    except UserError as error:
+        raise UserError(str(error), where=where) from None
