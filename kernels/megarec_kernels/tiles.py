@@ -10,6 +10,7 @@ tail. Causal attention then needs no length mask: a padding key comes after ever
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     """
     check_cu_seqlens(cu_seqlens)
     bounds: list[int] = cu_seqlens.tolist()
-    lengths = [last - first for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [last - first for first, last in pairwise(bounds)]
     order = sorted((user for user, length in enumerate(lengths) if length), key=lambda user: -lengths[user])
     tiles = [_make_tile([(bounds[user], lengths[user]) for user in users]) for users in _group(order, lengths)]
     return TilePlan(

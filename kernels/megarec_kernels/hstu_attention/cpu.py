@@ -1,11 +1,12 @@
 """HSTU attention over jagged histories, tile by tile; its backward computes the scores again."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megarec_kernels.tiles import Tile, TilePlan, heads_first
 
@@ -69,8 +70,8 @@ class JaggedHSTUAttention(torch.autograd.Function):
     """Keeps `q`, `k`, `v` and the biases for the backward and nothing that grows with the square of a length."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
+    def forward(  # noqa: PLR0917 (torch hands arguments over by position)
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -80,7 +81,7 @@ class JaggedHSTUAttention(torch.autograd.Function):
     ) -> Tensor:
         """The outputs of all tiles, `[T, N, Hv]`."""
         ctx.save_for_backward(q, k, v, position_bias, time_bias)
-        ctx.settings = settings  # type: ignore[attr-defined]
+        ctx.settings = settings
         bias = _Bias(position_bias, time_bias, settings.time_buckets, dtype=torch.promote_types(q.dtype, torch.float32))
         q_NTH, k_NTH, v_NTH = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
         out_NTH = torch.zeros_like(v_NTH)
@@ -97,10 +98,10 @@ class JaggedHSTUAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `q`, `k`, `v` and the two biases."""
-        q, k, v, position_bias, time_bias = ctx.saved_tensors  # type: ignore[attr-defined]
-        settings: HSTUSettings = ctx.settings  # type: ignore[attr-defined]
+        q, k, v, position_bias, time_bias = ctx.saved_tensors
+        settings: HSTUSettings = ctx.settings
         bias = _Bias(position_bias, time_bias, settings.time_buckets, dtype=torch.promote_types(q.dtype, torch.float32))
         inputs = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
         grad_out_NTH = heads_first(gradients[0]) / settings.divisor

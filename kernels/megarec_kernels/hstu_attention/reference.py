@@ -1,5 +1,7 @@
 """HSTU attention written straight from the equation, one history at a time, all of its scores at once."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def hstu_attention_reference(
     """The slow twin of `hstu_attention`: same arguments, any float dtype, gradients by autograd."""
     outputs = []
     bounds = cu_seqlens.tolist()
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         scores = scale * torch.einsum("inh,jnh->nij", q[first:last], k[first:last])
         row = torch.arange(last - first, device=q.device)
         distance = row[:, None] - row[None, :]

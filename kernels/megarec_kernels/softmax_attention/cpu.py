@@ -3,9 +3,11 @@
 A block of rows sees all of its keys at once, so the softmax is the plain one and needs no running maximum.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megarec_kernels.tiles import Tile, TilePlan, heads_first
 
@@ -14,10 +16,12 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
     """Keeps `q`, `k`, `v` for the backward and nothing that grows with the square of a length."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: TilePlan) -> Tensor:
+    def forward(  # noqa: PLR0917 (torch hands arguments over by position)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: TilePlan
+    ) -> Tensor:
         """The outputs of all tiles, `[T, N, Hv]`."""
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.plan = scale, plan  # type: ignore[attr-defined]
+        ctx.scale, ctx.plan = scale, plan
         q_NTH, k_NTH, v_NTH = heads_first(q) * scale, heads_first(k), heads_first(v)
         out_NTH = torch.zeros_like(v_NTH)
         for tile in plan.tiles:
@@ -31,10 +35,10 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `q`, `k`, `v`."""
-        q, k, v = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale, plan = ctx.scale, ctx.plan  # type: ignore[attr-defined]
+        q, k, v = ctx.saved_tensors
+        scale, plan = ctx.scale, ctx.plan
         inputs = heads_first(q) * scale, heads_first(k), heads_first(v)
         grad_out_NTH = heads_first(gradients[0])
         grads_NTH = tuple(torch.zeros_like(values) for values in inputs)

@@ -1,5 +1,7 @@
 """Causal softmax attention written straight from the equation, one history at a time, all of its scores at once."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
     """The slow twin of `softmax_attention`: same arguments, any float dtype, gradients by autograd."""
     outputs = []
     bounds = cu_seqlens.tolist()
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds):
         scores = scale * torch.einsum("inh,jnh->nij", q[first:last], k[first:last])
         row = torch.arange(last - first, device=q.device)
         scores = scores.masked_fill(row[:, None] < row[None, :], float("-inf"))

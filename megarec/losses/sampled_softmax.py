@@ -1,0 +1,245 @@
+"""Softmax over sampled candidates, with both published corrections for how they were sampled."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megarec.losses.stored_gradients import attach_gradients, want_gradients
+
+Correction = Literal["none", "standard", "negatives_only"]
+
+
+def sampled_softmax(
+    query: Tensor,
+    candidates: Tensor,
+    *,
+    target: Tensor,
+    candidate_id: Tensor,
+    log_q: Tensor | None,
+    correction: Correction,
+    inverse_temperature: Tensor,
+    chunk_rows: int,
+) -> Tensor:
+    """Sum over queries of the softmax loss of the target among candidates that all queries share.
+
+    With `s_c = inverse_temperature query . candidates_c`, target p, and negatives n = all candidates of another item:
+
+    - `none`:           `-log(e^s_p / (e^s_p + sum_n e^s_n))`
+    - `standard`:       the same with `s_c - log_q_c` for every candidate, the target too
+    - `negatives_only`: `-stop_gradient(1 - P) log(e^s_p / sum_n e^s'_n)`, `s'_n = s_n - log_q_n + log(1 - e^log_q_p)`,
+      `P = e^s_p / (e^s_p + mean_n e^s'_n)`: the target is not sampled, so it is not corrected
+
+    A candidate of the target's item in another slot is an accidental hit and no negative. A query without negatives
+    costs 0. Logits exist for `chunk_rows` queries at a time, in fp32 or better; gradients are computed along with
+    the loss and kept (as large as the inputs), so a backward computes no logits again.
+
+    Source: `standard` is the usual logQ correction (ARGUS, arXiv 2507.15994, with mixed negatives);
+    `negatives_only` is arXiv 2507.09331, its public code. We take the mean over the negatives of the query itself,
+    accidental hits left out.
+
+    Args:
+        query: `[Q, D]`.
+        candidates: `[C, D]`.
+        target: `[Q]` int64, slot of the query's target in `candidates`.
+        candidate_id: `[C]` int64, the candidate's item.
+        log_q: `[C]`, log of the probability that one draw gives the candidate, finite; None with `none`.
+        correction: which of the three.
+        inverse_temperature: scalar tensor; gets a gradient.
+        chunk_rows: queries per chunk.
+
+    Returns:
+        Scalar in fp32 (fp64 for fp64 inputs); 0 with zero gradients when Q is 0.
+
+    Raises:
+        ValueError: a shape is wrong, or `log_q` and `correction` do not belong together; names the argument.
+    """
+    _check(query, candidates, target, log_q=log_q, correction=correction, chunk_rows=chunk_rows)
+    if candidate_id.shape != candidates.shape[:1]:
+        raise ValueError(f"candidate_id must be [{len(candidates)}], got {list(candidate_id.shape)}")
+    sums = _Sums(query, candidates, inverse_temperature)
+    log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
+    for first in range(0, len(query), chunk_rows):
+        rows = slice(first, first + chunk_rows)
+        slot = target[rows, None]
+        products = sums.query[rows] @ sums.candidates.T
+        logits = products * sums.inverse_temperature
+        excluded = candidate_id[None, :] == candidate_id[slot]
+        terms = _terms(
+            logits.gather(1, slot),
+            logits.masked_fill_(excluded, float("-inf")),
+            log_q_target=None if log_q is None else log_q[slot],
+            log_q_negative=None if log_q is None else log_q,
+            correction=correction,
+        )
+        sums.loss += terms.loss.sum()
+        if sums.wanted:
+            gradient = terms.negative.scatter_(1, slot, terms.target)
+            sums.candidates_gradient.addmm_(gradient.T, sums.query[rows])
+            sums.query_gradient[rows] = gradient @ sums.candidates
+    return sums.result(query, candidates, inverse_temperature)
+
+
+def sampled_softmax_per_position(
+    query: Tensor,
+    candidates: Tensor,
+    *,
+    target: Tensor,
+    negative_index: Tensor,
+    log_q: Tensor | None,
+    correction: Correction,
+    inverse_temperature: Tensor,
+    chunk_rows: int,
+) -> Tensor:
+    """As `sampled_softmax`, with each query's own negatives, drawn with replacement.
+
+    Needs `chunk_rows x K x D` numbers at a time. A negative drawn twice counts twice; one equal to the target counts
+    as an accidental hit.
+
+    Source: the public HSTU tables (research code of arXiv 2402.17152) draw their negatives so, without correction.
+
+    Args:
+        query: `[Q, D]`.
+        candidates: `[C, D]`, one row per distinct item.
+        target: `[Q]` int64, slot of the query's target in `candidates`.
+        negative_index: `[Q, K]` int64, slots of the query's negatives.
+        log_q: `[C]`, log of the probability that one draw gives the candidate, finite; None with `none`.
+        correction: as in `sampled_softmax`.
+        inverse_temperature: scalar tensor; gets a gradient.
+        chunk_rows: queries per chunk.
+
+    Returns:
+        Scalar in fp32 (fp64 for fp64 inputs); 0 with zero gradients when Q is 0.
+
+    Raises:
+        ValueError: a shape is wrong, or `log_q` and `correction` do not belong together; names the argument.
+    """
+    _check(query, candidates, target, log_q=log_q, correction=correction, chunk_rows=chunk_rows)
+    if negative_index.dim() != 2 or len(negative_index) != len(query):
+        raise ValueError(f"negative_index must be [{len(query)}, K], got {list(negative_index.shape)}")
+    sums = _Sums(query, candidates, inverse_temperature)
+    log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
+    for first in range(0, len(query), chunk_rows):
+        rows = slice(first, first + chunk_rows)
+        slots = torch.cat([target[rows, None], negative_index[rows]], dim=1)
+        vectors = sums.candidates[slots]
+        logits = torch.bmm(vectors, sums.query[rows, :, None]).squeeze(2) * sums.inverse_temperature
+        terms = _terms(
+            logits[:, :1],
+            logits[:, 1:].masked_fill(slots[:, 1:] == slots[:, :1], float("-inf")),
+            log_q_target=None if log_q is None else log_q[slots[:, :1]],
+            log_q_negative=None if log_q is None else log_q[slots[:, 1:]],
+            correction=correction,
+        )
+        sums.loss += terms.loss.sum()
+        if sums.wanted:
+            gradient = torch.cat([terms.target, terms.negative], dim=1)
+            sums.query_gradient[rows] = torch.bmm(gradient[:, None, :], vectors).squeeze(1)
+            torch.mul(gradient[:, :, None], sums.query[rows, None, :], out=vectors)
+            # Sums by slot in a fixed order, and in parallel on a CPU, which index_add_ is not.
+            sums.candidates_gradient += torch.ops.aten.embedding_dense_backward(
+                vectors, slots, len(candidates), -1, False
+            )
+    return sums.result(query, candidates, inverse_temperature)
+
+
+class _Sums:
+    """The inputs in the dtype sums are kept in, and the loss and gradients of the chunks done so far.
+
+    Both gradients are those of `query . candidates`-logits without the temperature, which `result` applies.
+    """
+
+    def __init__(self, query: Tensor, candidates: Tensor, inverse_temperature: Tensor) -> None:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.wanted = want_gradients(query, candidates, inverse_temperature)
+        self.query, self.candidates = query.detach().to(dtype), candidates.detach().to(dtype)
+        self.inverse_temperature = inverse_temperature.detach().to(dtype)
+        self.loss = self.query.new_zeros(())
+        self.query_gradient = torch.zeros_like(self.query) if self.wanted else self.query[:0]
+        self.candidates_gradient = torch.zeros_like(self.candidates) if self.wanted else self.candidates[:0]
+
+    def result(self, *inputs: Tensor) -> Tensor:
+        """The loss, with its gradients attached for `query, candidates, inverse_temperature`."""
+        if not self.wanted:
+            return self.loss
+        temperature_gradient = (self.query_gradient * self.query).sum().view_as(inputs[2])
+        gradients = (
+            self.query_gradient * self.inverse_temperature,
+            self.candidates_gradient * self.inverse_temperature,
+            temperature_gradient,
+        )
+        return attach_gradients(self.loss, inputs, gradients)
+
+
+class _Terms(NamedTuple):
+    loss: Tensor
+    target: Tensor
+    negative: Tensor
+
+
+def _terms(
+    target: Tensor,
+    negative: Tensor,
+    *,
+    log_q_target: Tensor | None,
+    log_q_negative: Tensor | None,
+    correction: Correction,
+) -> _Terms:
+    """Losses `[R]` and their gradients for the logits of the target `[R, 1]` and the negatives `[R, K]`.
+
+    Masked negatives are -inf.
+    """
+    if correction == "negatives_only":
+        assert log_q_target is not None and log_q_negative is not None
+        return _negatives_only(target, negative, log_q_target=log_q_target, log_q_negative=log_q_negative)
+    if log_q_target is not None and log_q_negative is not None:
+        target, negative = target - log_q_target, negative - log_q_negative
+    log_sum = torch.logaddexp(target, negative.logsumexp(dim=1, keepdim=True))
+    return _Terms(
+        loss=(log_sum - target).squeeze(1),
+        target=(target - log_sum).exp() - 1,
+        negative=(negative - log_sum).exp_(),
+    )
+
+
+def _negatives_only(target: Tensor, negative: Tensor, *, log_q_target: Tensor, log_q_negative: Tensor) -> _Terms:
+    largest_q = 1 - torch.finfo(target.dtype).eps
+    not_target = torch.log1p(-log_q_target.exp().clamp(max=largest_q))
+    negative = negative - log_q_negative + not_target
+    num_negatives = negative.isfinite().sum(dim=1, keepdim=True).to(negative.dtype)
+    some = num_negatives > 0
+    log_sum = torch.where(some, negative.logsumexp(dim=1, keepdim=True), target)
+    # 1 - P(target) as a sigmoid: no difference of nearly equal numbers when P is close to 1.
+    weight = torch.sigmoid(log_sum - num_negatives.clamp(min=1).log() - target) * some
+    return _Terms(
+        loss=(weight * (log_sum - target)).squeeze(1),
+        target=-weight,
+        negative=(negative - log_sum).exp_() * weight,
+    )
+
+
+def _check(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    *,
+    log_q: Tensor | None,
+    correction: Correction,
+    chunk_rows: int,
+) -> None:
+    if query.dim() != 2:
+        raise ValueError(f"query must be [Q, D], got {list(query.shape)}")
+    if candidates.dim() != 2 or candidates.shape[1] != query.shape[1] or candidates.dtype != query.dtype:
+        raise ValueError(
+            f"candidates must be {query.dtype} [C, {query.shape[1]}], got {candidates.dtype} {list(candidates.shape)}"
+        )
+    if target.shape != query.shape[:1]:
+        raise ValueError(f"target must be [{len(query)}], got {list(target.shape)}")
+    if correction not in ("none", "standard", "negatives_only"):
+        raise ValueError(f"correction must be none, standard or negatives_only, got {correction!r}")
+    if (log_q is None) != (correction == "none"):
+        raise ValueError(f"log_q must be given exactly when correction is not 'none'; correction is {correction!r}")
+    if log_q is not None and log_q.shape != candidates.shape[:1]:
+        raise ValueError(f"log_q must be [{len(candidates)}], got {list(log_q.shape)}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
