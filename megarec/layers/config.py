@@ -1,0 +1,110 @@
+"""The settings of the blocks and heads. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megarec.base.errors import UserError
+
+TokenLayout = Literal["fused", "item_action", "context_item_feedback"]
+TOKENS_PER_EVENT: dict[TokenLayout, int] = {"fused": 1, "item_action": 2, "context_item_feedback": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerBlockConfig:
+    """A pre-norm transformer block.
+
+    Attributes:
+        num_heads: attention heads; each has `width / num_heads` channels.
+        feed_forward_multiple: the hidden width of the feed-forward, in widths.
+        bias: whether the linear maps have one.
+    """
+
+    num_heads: int = 4
+    feed_forward_multiple: int = 4
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "feed_forward_multiple")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HstuBlockConfig:
+    """An HSTU block; the defaults are the research variant of the public tables.
+
+    Attributes:
+        num_heads: attention heads.
+        qk_head_width: channels of a query and a key, per head.
+        v_head_width: channels of a value and a gate, per head.
+        silu_on: SiLU follows the first linear map on all of U, V, Q, K (research) or on U only (production).
+        scale: factor of q·k: one (research) or 1 / sqrt(qk_head_width) (production).
+        scaling_events: the fixed divisor of the attention sum (211 in the public ML-1M configuration).
+        position_bias: adds a learned number per distance in tokens to q·k.
+        num_time_buckets: adds a learned number per log bucket of elapsed time to q·k; 0: none (published: 128).
+        output_norm: normalises the attention output over the channels of all heads together or of each head.
+        norm_affine: whether the two norms of the block have a learned scale and shift (research: no).
+        concat: what enters the output map, besides the gated norm `U * norm(A)`: nothing; `U` and `norm(A)`
+            (research, `concat_ua`); or `U` and `A` (production).
+        uvqk_bias: whether the first linear map has a bias.
+        output_bias: whether the output map has one.
+    """
+
+    num_heads: int = 2
+    qk_head_width: int = 32
+    v_head_width: int = 32
+    silu_on: Literal["uvqk", "u"] = "uvqk"
+    scale: Literal["one", "inverse_sqrt_width"] = "one"
+    scaling_events: float = 211.0
+    position_bias: bool = True
+    num_time_buckets: int = 0
+    output_norm: Literal["all_heads", "per_head"] = "all_heads"
+    norm_affine: bool = False
+    concat: Literal["none", "u_and_norm", "u_and_attention"] = "none"
+    uvqk_bias: bool = False
+    output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "qk_head_width", "v_head_width", "scaling_events")
+        if self.num_time_buckets < 0:
+            raise UserError(
+                f"{self.num_time_buckets} is negative", where="num_time_buckets", fix="0 means no time bias"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """What is read off the states: the query for the next item, the item vectors, the feedback.
+
+    Attributes:
+        query_context: the query is an MLP of the state and the next event's context; off: the state itself.
+        query_width: width of queries and item vectors.
+        hidden_width: hidden width of the MLPs.
+        item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
+        normalize: queries and item vectors have length 1.
+        temperature: scores are divided by it; where it is learned, its first value.
+        learn_temperature: learns the inverse, kept between 0.01 and 100.
+    """
+
+    query_context: bool = True
+    query_width: int = 64
+    hidden_width: int = 128
+    item_tower: Literal["none", "linear", "mlp"] = "linear"
+    normalize: bool = True
+    temperature: float = 0.05
+    learn_temperature: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "query_width", "hidden_width")
+        if not 0.01 <= self.temperature <= 100.0:
+            raise UserError(f"{self.temperature} is not between 0.01 and 100", where="temperature")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Refuses settings that are not above zero.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise UserError(f"{value} is not above 0", where=name)

@@ -1,0 +1,45 @@
+"""Dropout whose mask is a function of what it falls on, not of a generator's state."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megarec.base.random import derive_key
+from megarec.base.random_torch import keep_mask_torch
+
+GRAIN = 65536  # the mask draws 16 bits per channel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomness:
+    """What a forward pass draws its dropout from.
+
+    Attributes:
+        key: one per pack of one step: `derive_key(seed, "dropout", lane, number)`.
+        token: `[T]` int64, the number of each token in its pack, counted before any slicing.
+    """
+
+    key: int
+    token: Tensor
+
+
+class Dropout(nn.Module):
+    """Sets channels to zero with the given probability and divides the others by what is left.
+
+    The mask depends on (key, layer, site, token number, channel) alone: any slice of the tokens gets its part of
+    the same mask. The probability is rounded to a multiple of 2^-16, and so is the divisor.
+    """
+
+    def __init__(self, probability: float, *, layer: int, site: str) -> None:
+        super().__init__()
+        self.probability = round(probability * GRAIN) / GRAIN
+        self.layer = layer
+        self.site = site
+
+    def forward(self, x: Tensor, randomness: Randomness | None) -> Tensor:
+        """`[T, C]` to `[T, C]`; without randomness (evaluation) it returns `x`."""
+        if randomness is None or self.probability == 0.0:
+            return x
+        key = derive_key(randomness.key, "dropout", self.layer, self.site)
+        keep = keep_mask_torch(key, randomness.token, x.shape[1], self.probability)
+        return x * keep / (1.0 - self.probability)

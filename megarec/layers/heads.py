@@ -1,0 +1,109 @@
+"""What is read off the states: the query for the next item, item vectors, the feedback to the next item.
+
+Source: ARGUS (arXiv 2507.15994), figure "pretraining". Widths of the MLPs and their start (normal with std
+1 / sqrt(inputs)) are ours; the paper does not give them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megarec.layers.config import HeadsConfig
+from megarec.layers.norm import unit_vectors
+from megarec.parallel.parts import MakeLinear, Parts, whole_parameter
+from megarec.parallel.placement import Init
+
+
+class Mlp(nn.Module):
+    """`W2 GELU(W1 x + b1) + b2`, held whole by every rank."""
+
+    def __init__(self, in_width: int, hidden_width: int, out_width: int, *, parts: Parts) -> None:
+        super().__init__()
+        self.hidden = fan_in_linear(parts.linear, in_width, hidden_width)
+        self.out = fan_in_linear(parts.linear, hidden_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, in_width]` to `[*, out_width]`."""
+        out: Tensor = self.out(F.gelu(self.hidden(x)))
+        return out
+
+
+class NextItemQuery(nn.Module):
+    """The query `q_t = MLP([h_t ; c_{t+1}])`, of length 1 if configured; with `query_context` off, `h_t` itself."""
+
+    def __init__(self, config: HeadsConfig, *, width: int, context_width: int, parts: Parts) -> None:
+        super().__init__()
+        self.normalize = config.normalize
+        in_width = width + context_width
+        self.mlp = Mlp(in_width, config.hidden_width, config.query_width, parts=parts) if config.query_context else None
+
+    def forward(self, state: Tensor, next_context: Tensor | None) -> Tensor:
+        """States `[T, D]` and the next events' context `[T, E]` (None: the dataset has none) to `[T, Dq]`."""
+        query = state
+        if self.mlp is not None:
+            query = self.mlp(state if next_context is None else torch.cat([state, next_context], dim=1))
+        return unit_vectors(query) if self.normalize else query
+
+
+class ItemTower(nn.Module):
+    """Item vectors of the sum of an item's rows: the sum itself, a linear map or an MLP; of length 1 if configured."""
+
+    def __init__(self, config: HeadsConfig, *, table_width: int, parts: Parts) -> None:
+        super().__init__()
+        self.normalize = config.normalize
+        self.map: nn.Module | None = None
+        if config.item_tower == "linear":
+            self.map = fan_in_linear(parts.linear, table_width, config.query_width)
+        elif config.item_tower == "mlp":
+            self.map = Mlp(table_width, config.hidden_width, config.query_width, parts=parts)
+
+    def forward(self, row_sum: Tensor) -> Tensor:
+        """`[C, E]` to `[C, Dq]`."""
+        vectors = row_sum if self.map is None else self.map(row_sum)
+        return unit_vectors(vectors) if self.normalize else vectors
+
+
+class FeedbackHeads(nn.Module):
+    """One MLP with a group of outputs per feedback field: one output for two values, else one per value."""
+
+    def __init__(self, num_values: Mapping[str, int], config: HeadsConfig, *, in_width: int, parts: Parts) -> None:
+        super().__init__()
+        self.num_outputs = {name: 1 if values == 2 else values for name, values in num_values.items()}
+        num_outputs = sum(self.num_outputs.values())
+        self.mlp = Mlp(in_width, config.hidden_width, num_outputs, parts=parts) if num_outputs else None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """`[T, in_width]` to the logits `[T, n]` of each field."""
+        if self.mlp is None:
+            return {}
+        groups = self.mlp(x).split(list(self.num_outputs.values()), dim=1)
+        return dict(zip(self.num_outputs, groups, strict=True))
+
+
+class InverseTemperature(nn.Module):
+    """What scores are multiplied by: fixed, or `clip(exp(log_inverse), 0.01, 100)` with `log_inverse` learned.
+
+    The authors' public code starts at 1; ours starts at the configured temperature, because scores of unit
+    vectors need a factor near 20 and the optimizer would spend its first thousands of steps on getting there.
+    """
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.learned = config.learn_temperature
+        start = -torch.tensor(config.temperature, dtype=torch.float64).log()
+        if self.learned:
+            self.log_inverse = whole_parameter((1,), Init(value=float(start)))
+        else:
+            self.register_buffer("log_inverse", start.to(torch.float32).view(1), persistent=False)
+
+    def forward(self) -> Tensor:
+        """A scalar, in fp32 or wider."""
+        wide = self.log_inverse[0].to(torch.promote_types(self.log_inverse.dtype, torch.float32))
+        return wide.exp().clamp(0.01, 100.0)
+
+
+def fan_in_linear(make: MakeLinear, in_width: int, out_width: int) -> nn.Module:
+    """A linear map with bias that keeps the size of its input: std 1 / sqrt(in_width)."""
+    return make(in_width, out_width, bias=True, std=in_width**-0.5)

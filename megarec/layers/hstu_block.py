@@ -1,0 +1,89 @@
+"""The HSTU block in its published variants."""
+
+import torch
+import torch.nn.functional as F
+from megarec_kernels.hstu_attention import hstu_attention
+from torch import Tensor, nn
+
+from megarec.layers.config import HstuBlockConfig
+from megarec.layers.dropout import Dropout
+from megarec.layers.norm import LayerNorm
+from megarec.layers.tokens import Tokens
+from megarec.parallel.parts import Parts, whole_parameter
+from megarec.parallel.placement import Init
+
+
+class HstuBlock(nn.Module):
+    """Gated pointwise attention (Zhai et al., "Actions Speak Louder than Words", arXiv 2402.17152, section 3).
+
+    ```
+    U, V, Q, K = split(SiLU(W_1 norm(x)))
+    A_i        = sum over j <= i of SiLU(scale Q_i·K_j + p[i - j] + t[bucket(query time_i - time_j)]) V_j / divisor
+    y          = x + W_2 dropout([U ; norm(A) or A ;] U * norm(A))
+    ```
+    The divisor is a fixed number, where the published code takes a padded length: results then do not depend on
+    who shares a batch. Rows of `W_1` are laid out [head, (U, V, Q, K), channel] and columns of `W_2` [head, (gates),
+    channel], so that a tensor-parallel shard is a slice; the published layout has all heads of U first. `W_1` and
+    the biases p, t start as normal(0, 0.02), `W_2` with the variance of Xavier, as published.
+    """
+
+    def __init__(
+        self, config: HstuBlockConfig, *, width: int, layer: int, max_tokens: int, dropout: float, parts: Parts
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.enter_heads = parts.enter_heads
+        self.local_heads = config.num_heads // parts.tp_size
+        self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
+        uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
+        value_width = config.num_heads * config.v_head_width
+        out_width = value_width * (1 if config.concat == "none" else 3)
+        bias_init = Init(kind="normal", std=0.02)
+        self.norm = LayerNorm(width, affine=config.norm_affine)
+        self.uvqk = parts.column_linear(width, uvqk_width, bias=config.uvqk_bias, std=0.02)
+        self.position_bias = whole_parameter((max_tokens,), bias_init) if config.position_bias else None
+        num_buckets = config.num_time_buckets
+        self.time_bias = whole_parameter((num_buckets + 1,), bias_init) if num_buckets else None
+        if config.output_norm == "all_heads":
+            self.output_norm = LayerNorm(value_width, affine=config.norm_affine)
+        else:
+            self.output_norm = LayerNorm(config.v_head_width, affine=config.norm_affine, enter=parts.enter_heads)
+        self.dropout = Dropout(dropout, layer=layer, site="output")
+        out_std = (2.0 / (out_width + width)) ** 0.5
+        self.out = parts.row_linear(out_width, width, bias=config.output_bias, std=out_std)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """`[T, D]` to `[T, D]`."""
+        config = self.config
+        uvqk = self.uvqk(self.norm(x))
+        if config.silu_on == "uvqk":
+            uvqk = F.silu(uvqk)
+        v_width, qk_width = config.v_head_width, config.qk_head_width
+        u, v, q, k = uvqk.view(x.shape[0], self.local_heads, -1).split([v_width, v_width, qk_width, qk_width], dim=2)
+        if config.silu_on == "u":
+            u = F.silu(u)
+        attention = hstu_attention(
+            q,
+            k,
+            v,
+            tokens.cu_seqlens,
+            scale=self.scale,
+            divisor=config.scaling_events,
+            position_bias=None if self.position_bias is None else self.enter_heads(self.position_bias),
+            time_bias=None if self.time_bias is None else self.enter_heads(self.time_bias),
+            plan=tokens.plan,
+            time_buckets=tokens.time_buckets,
+        )
+        return x + self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.randomness))
+
+    def _gate(self, u: Tensor, attention: Tensor) -> Tensor:
+        """Gates and attention `[T, N, Hv]` to what the output map reads, `[T, N, Hv or 3 Hv]`."""
+        if self.config.output_norm == "all_heads":
+            normed = self.output_norm(attention.flatten(1)).view_as(attention)
+        else:
+            normed = self.output_norm(attention)
+        if self.config.concat == "u_and_norm":
+            return torch.cat([u, normed, u * normed], dim=2)
+        if self.config.concat == "u_and_attention":
+            return torch.cat([u, attention, u * normed], dim=2)
+        return u * normed

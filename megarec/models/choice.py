@@ -1,0 +1,6 @@
+"""The settings of any model: a field `model: ModelConfig` is chosen by its `name`. Imports no torch."""
+
+from megarec.models.argus.config import ArgusConfig
+from megarec.models.hstu.config import HstuConfig
+
+ModelConfig = ArgusConfig | HstuConfig

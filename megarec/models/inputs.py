@@ -1,0 +1,42 @@
+"""The tensors a model sees."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megarec.layers.dropout import Randomness
+
+Lookup = Callable[[Tensor], Tensor]
+"""Rows `[..., S]` (int64) to the sum of their vectors `[..., E]`; -1 gives nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events:
+    """`T` events of `B` histories end to end; what follows `cu_seqlens[-1]` is dead padding.
+
+    The slots of the `*_rows` are laid out by `megarec.models.shape.InputShape`.
+
+    Attributes:
+        cu_seqlens: `[B + 1]` int64, where each history begins, in events.
+        position: `[T]` int64, place of the event in its window, from 0.
+        timestamp: `[T]` int64, seconds.
+        next_timestamp: `[T]` int64, the time at which the next event is asked about.
+        context_rows: `[T, Sc]` int64, what was known before the event.
+        item_rows: `[T, Si]` int64, the item.
+        feedback_rows: `[T, Sf]` int64, how it went.
+        next_context_rows: `[T, Sc]` int64, what is known before the next event.
+        next_item_rows: `[T, Si]` int64, the next event's item: read by the feedback heads of the fused layout alone.
+        randomness: of dropout, by event; None: no dropout.
+    """
+
+    cu_seqlens: Tensor
+    position: Tensor
+    timestamp: Tensor
+    next_timestamp: Tensor
+    context_rows: Tensor
+    item_rows: Tensor
+    feedback_rows: Tensor
+    next_context_rows: Tensor
+    next_item_rows: Tensor
+    randomness: Randomness | None = None

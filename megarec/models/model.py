@@ -1,0 +1,148 @@
+"""What every model is made of: events to tokens, blocks, and the heads that read the states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megarec.layers.dropout import Dropout
+from megarec.layers.heads import FeedbackHeads, InverseTemperature, ItemTower, NextItemQuery
+from megarec.layers.position import PositionEmbedding
+from megarec.layers.tokens import Tokens, interleave, next_event, split_events, token_of_event
+from megarec.models.config import SequenceConfig
+from megarec.models.inputs import Events, Lookup
+from megarec.models.shape import InputShape
+from megarec.parallel.parts import Parts
+
+INPUT_LAYER = -1  # dropout of the input counts as a layer before the first
+
+
+class RecModel(nn.Module):
+    """A causal model of event histories that predicts the next item and the feedback to it.
+
+    A history is `(c_1, i_1, f_1), (c_2, i_2, f_2), ...`: context, item, feedback. A token is the sum of the rows of
+    its fields, times `input_scale`, plus a learned vector of the event's position:
+
+    - `fused`: one token per event, of all its fields;
+    - `item_action`: a token of context and item, then one of the feedback;
+    - `context_item_feedback`: one token of each.
+
+    Row t of every output speaks of event t + 1. The query for its item reads the state of event t's last token and
+    c_{t+1}. The feedback heads read the same state, c_{t+1} and i_{t+1} in the fused layout; otherwise the state of
+    event t + 1's item token, which has seen both, so the next event must be in the pack. The sequence of blocks and
+    the norm behind them are the subclasses'.
+    """
+
+    def __init__(
+        self,
+        config: SequenceConfig,
+        shape: InputShape,
+        parts: Parts,
+        *,
+        blocks: Sequence[nn.Module],
+        final_norm: nn.Module | None,
+        input_scale: float,
+        position_std: float,
+    ) -> None:
+        super().__init__()
+        width, table_width = config.width, config.table_width
+        self.config = config
+        self.shape = shape
+        self.input_scale = input_scale
+        self.input_map = (
+            parts.linear(table_width, width, bias=False, std=table_width**-0.5) if table_width != width else None
+        )
+        self.position = (
+            PositionEmbedding(config.max_positions, width, std=position_std) if config.position_embedding else None
+        )
+        self.input_dropout = Dropout(config.dropout, layer=INPUT_LAYER, site="input")
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        context_width = table_width if shape.context else 0
+        item_width = table_width if shape.item else 0
+        self.query = NextItemQuery(config.heads, width=width, context_width=context_width, parts=parts)
+        self.item_tower = ItemTower(config.heads, table_width=table_width, parts=parts)
+        fused = config.token_layout == "fused"
+        feedback_width = width + context_width + item_width if fused else width
+        self.feedback = FeedbackHeads(shape.feedback_heads, config.heads, in_width=feedback_width, parts=parts)
+        self.temperature = InverseTemperature(config.heads)
+
+    def encode(self, events: Events, lookup: Lookup) -> Tensor:
+        """The states of all tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
+        tokens = self._tokens(events)
+        x = self.input_dropout(self._embed(events, lookup), tokens.randomness)
+        for block in self.blocks:
+            x = block(x, tokens)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:
+        """Queries `[T, Dq]` for the item of the next event; `inverse_temperature` times query·item is the score."""
+        reads_context = self.config.heads.query_context and bool(self.shape.context)
+        next_context = self._sum_rows(events.next_context_rows, lookup) if reads_context else None
+        query: Tensor = self.query(self._last_tokens(states), next_context)
+        return query
+
+    def item_vectors(self, item_rows: Tensor, lookup: Lookup) -> Tensor:
+        """Rows `[C, S]`, in the slots of `shape.item_tower`, to item vectors `[C, Dq]`."""
+        vectors: Tensor = self.item_tower(self._sum_rows(item_rows, lookup))
+        return vectors
+
+    def feedback_logits(self, states: Tensor, events: Events, lookup: Lookup) -> dict[str, Tensor]:
+        """Logits `[T, n]` of the next event's feedback for each head; rows without a next event mean nothing.
+
+        `n` is 1 for a field of two values (the logit of id 2), else the number of values (id v at v - 1).
+        """
+        if not self.shape.feedback_heads:
+            return {}
+        per_event = self.config.tokens_per_event
+        if per_event > 1:
+            known = [next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens)]
+        else:
+            known = [states]
+            if self.shape.context:
+                known.append(self._sum_rows(events.next_context_rows, lookup))
+            if self.shape.item:
+                known.append(self._sum_rows(events.next_item_rows, lookup))
+        logits: dict[str, Tensor] = self.feedback(torch.cat(known, dim=1))
+        return logits
+
+    def inverse_temperature(self) -> Tensor:
+        """What query·item is multiplied by: a scalar."""
+        scale: Tensor = self.temperature()
+        return scale
+
+    def _tokens(self, events: Events) -> Tokens:
+        """What the blocks know about the tokens."""
+        return split_events(
+            events.cu_seqlens,
+            events.timestamp,
+            events.next_timestamp,
+            randomness=events.randomness,
+            per_event=self.config.tokens_per_event,
+        )
+
+    def _embed(self, events: Events, lookup: Lookup) -> Tensor:
+        """The input of the first block, `[T * tokens_per_event, D]`."""
+        context, item, feedback = events.context_rows, events.item_rows, events.feedback_rows
+        groups = {
+            "fused": [[context, item, feedback]],
+            "item_action": [[context, item], [feedback]],
+            "context_item_feedback": [[context], [item], [feedback]],
+        }[self.config.token_layout]
+        vectors = [self._sum_rows(torch.cat(group, dim=1), lookup) for group in groups]
+        if self.input_map is not None:
+            vectors = [self.input_map(v) for v in vectors]
+        if self.input_scale != 1.0:
+            vectors = [v * self.input_scale for v in vectors]
+        if self.position is not None:
+            position = self.position(events.position)
+            vectors = [v + position for v in vectors]
+        return vectors[0] if len(vectors) == 1 else interleave(vectors)
+
+    def _last_tokens(self, states: Tensor) -> Tensor:
+        per_event = self.config.tokens_per_event
+        return token_of_event(states, per_event, per_event - 1)
+
+    def _sum_rows(self, rows: Tensor, lookup: Lookup) -> Tensor:
+        """The sum of rows `[*, S]` in the dtype of the weights, `[*, E]`: tables may be stored in another one."""
+        return lookup(rows).to(next(self.parameters()).dtype)
