@@ -12,9 +12,12 @@ from megarec.parallel.mcore import (
     DistributedDataParallel,
     MegatronOptimizer,
     OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    ParamPredicate,
     get_megatron_optimizer,
 )
-from megarec.parallel.placement import placements
+from megarec.parallel.placement import Placement, placements
 
 
 class DenseOptimizer:
@@ -28,9 +31,7 @@ class DenseOptimizer:
         settings: of AdamW; the schedule and clipping belong to the caller.
     """
 
-    def __init__(
-        self, groups: ParallelGroups, model: DistributedDataParallel, settings: OptimizerSettings
-    ) -> None:
+    def __init__(self, groups: ParallelGroups, model: DistributedDataParallel, settings: OptimizerSettings) -> None:
         self._groups = groups
         self._model = model
         dtype = next(model.parameters()).dtype
@@ -46,7 +47,22 @@ class DenseOptimizer:
             params_dtype=dtype,
             clip_grad=0.0,
         )
-        self._megatron: MegatronOptimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        few_dimensions = ParamKey(predicate=ParamPredicate(name="few_dimensions", fn=lambda p: p.dim() < 2))
+        self._megatron: MegatronOptimizer = get_megatron_optimizer(
+            config,
+            [model],
+            config_overrides={few_dimensions: ParamGroupOverride(wd_mult=0.0)},
+            use_gloo_process_groups=False,
+        )
+        for group in self._megatron.param_groups:  # Megatron-Core leaves this to its own scheduler
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        self._adam: torch.optim.Optimizer = self._megatron.optimizer
+        for weight, _ in self._weights():
+            self._adam.state[weight] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
 
     @torch.no_grad()
     def prepare_grads(self) -> None:
@@ -55,21 +71,23 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def square_norm(self) -> Tensor:
-        """The square of the norm of the whole dense gradient, a scalar, equal on every rank. Collective."""
+        """The square of the norm of the whole dense gradient, a float64 scalar, equal on every rank. Collective."""
+        first_tensor_rank = self._groups.tensor.rank == 0
+        counted = [
+            _gradient(weight)
+            for weight, placement in self._weights()
+            if first_tensor_rank or "tp" not in placement.replicated_over
+        ]
         total = torch.zeros((), dtype=torch.float64, device=self._groups.device)
-        for _, updated, placement in self._parameters():
-            if self._groups.tensor.rank == 0 or "tp" not in placement.replicated_over:
-                assert updated.grad is not None
-                total += torch.linalg.vector_norm(updated.grad).double().square()
+        if counted:
+            total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
         dist.all_reduce(total, group=self._groups.model.process_group)
         return total
 
     @torch.no_grad()
     def scale_grads(self, coefficient: float | Tensor) -> None:
         """Multiplies every gradient by `coefficient`."""
-        for _, updated, _ in self._parameters():
-            assert updated.grad is not None
-            updated.grad.mul_(coefficient)
+        torch._foreach_mul_([_gradient(weight) for weight, _ in self._weights()], coefficient)
 
     def step(self, learning_rate: float) -> None:
         """Updates the weights."""
@@ -81,3 +99,56 @@ class DenseOptimizer:
         """Empties the gradient buffers for the next step."""
         self._model.zero_grad_buffer()
         self._megatron.zero_grad()
+
+    def reload_weights(self) -> None:
+        """Takes over weights of the model that were changed from outside (into the fp32 copies of bf16 ones)."""
+        self._megatron.reload_model_params()
+
+    def state_pieces(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: this rank's piece of each moment, shaped and split as its weight.
+
+        Names are `<global_name>/exp_avg`, `/exp_avg_sq` and, of bf16 weights, `/main` (the fp32 copy); `step` is
+        the number of updates, the same for all. The tensors are the optimizer's own, not copies.
+        """
+        pieces: dict[str, Tensor] = {}
+        for parameter, placement in placements(self._model):
+            weight = _updated(parameter)
+            state = self._adam.state[weight]
+            pieces[f"{placement.global_name}/exp_avg"] = state["exp_avg"]
+            pieces[f"{placement.global_name}/exp_avg_sq"] = state["exp_avg_sq"]
+            if weight is not parameter:
+                pieces[f"{placement.global_name}/main"] = weight.detach()
+            pieces["step"] = state["step"]
+        return pieces
+
+    @torch.no_grad()
+    def load_state_pieces(self, pieces: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_pieces` gave, under the same names; call it after the weights are loaded.
+
+        Raises:
+            KeyError: a piece is missing.
+        """
+        self.reload_weights()
+        for name, own in self.state_pieces().items():
+            own.copy_(pieces[name])
+        for parameter, _ in placements(self._model):
+            weight = _updated(parameter)
+            self._adam.state[weight]["step"].copy_(pieces["step"])
+            if weight is not parameter:
+                parameter.copy_(weight)
+
+    def _weights(self) -> Iterator[tuple[Tensor, Placement]]:
+        """The tensors that AdamW updates, with the placements of the parameters they stand for."""
+        for parameter, placement in placements(self._model):
+            yield _updated(parameter), placement
+
+
+def _updated(parameter: nn.Parameter) -> Tensor:
+    """The tensor that AdamW updates: the fp32 copy that Megatron-Core made of a bf16 parameter, or itself."""
+    return getattr(parameter, "main_param", parameter)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    if weight.grad is None:
+        raise AssertionError("a weight has no gradient: call prepare_grads first")
+    return weight.grad

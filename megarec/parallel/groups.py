@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore
 
 from megarec.base.errors import UserError
 from megarec.parallel.layout import LayoutConfig
-from megarec.parallel.mcore import parallel_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +76,8 @@ def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
     Raises:
         UserError: the layout does not fit the number of ranks, or the machine has too few GPUs.
     """
+    from megarec.parallel.mcore import parallel_state  # two seconds that nobody pays for the types of this module
+
     layout.data(process.world)
     device = _choose_device(process)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -87,7 +87,8 @@ def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
             backend, init_method=process.rendezvous, rank=process.rank, world_size=process.world, timeout=timeout
         )
     elif process.world == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         raise AssertionError("a job of several processes needs a rendezvous")
     parallel_state.initialize_model_parallel(
@@ -112,6 +113,8 @@ def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
 
 def stop() -> None:
     """Leaves the job. Collective where the backend is."""
+    from megarec.parallel.mcore import parallel_state
+
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

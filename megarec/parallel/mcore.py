@@ -13,8 +13,10 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.optimizer.optimizer_config import ParamPredicate  # noqa: E402
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
@@ -31,6 +33,9 @@ __all__ = [
     "MegatronOptimizer",
     "ModelType",
     "OptimizerConfig",
+    "ParamGroupOverride",
+    "ParamKey",
+    "ParamPredicate",
     "RowParallelLinear",
     "TransformerConfig",
     "copy_to_tensor_model_parallel_region",

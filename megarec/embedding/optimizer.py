@@ -1,0 +1,100 @@
+"""Row-wise optimizers: one update per touched row, however often it was used in the step.
+
+A row is touched when a step fetches it, even if its gradient came out as zero. Rows that were not fetched change in
+nothing: neither their moments nor their values decay, as in the fused embedding optimizers of FBGEMM. `adam` and
+`rowwise_adam` correct their bias by the number of updates of the whole table, as FBGEMM does.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megarec.base.random_torch import hash_torch
+from megarec.embedding.config import TableOptimizerConfig
+
+_VALUES_AT_ONCE = 1 << 20
+
+
+def make_state(config: TableOptimizerConfig, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The optimizer's state for the rows of `values` `[L, E]`, all zero.
+
+    `rowwise_adagrad`: `square` `[L]`. `adam`: `mean` and `square` `[L, E]`. `rowwise_adam`: `mean` `[L, E]` and
+    `square` `[L]`.
+    """
+    per_row = torch.zeros(values.shape[0], dtype=dtype, device=values.device)
+    per_value = torch.zeros_like(values, dtype=dtype)
+    match config.kind:
+        case "sgd":
+            return {}
+        case "rowwise_adagrad":
+            return {"square": per_row}
+        case "adam":
+            return {"mean": per_value, "square": torch.zeros_like(per_value)}
+        case "rowwise_adam":
+            return {"mean": per_value, "square": per_row}
+
+
+@torch.no_grad()
+def update_rows(
+    config: TableOptimizerConfig,
+    values: Tensor,
+    state: dict[str, Tensor],
+    *,
+    rows: Tensor,
+    grad: Tensor,
+    lr: float,
+    step: int,
+    rounding: tuple[int, Tensor],
+) -> None:
+    """Updates `values[rows]` and `state[rows]` in place.
+
+    Args:
+        config: which optimizer.
+        values: the rows, `[L, E]`.
+        state: from `make_state`.
+        rows: distinct, `[G]`.
+        grad: their gradients, `[G, E]`.
+        lr: the learning rate.
+        step: the number of this update, from 1.
+        rounding: a key for the random bits and the global number of each row, `[G]`: bf16 rows are rounded up or
+            down at random, by how near each is, so that small updates are not lost.
+    """
+    key, global_rows = rounding
+    rows_at_once = max(1, _VALUES_AT_ONCE // values.shape[1])
+    for start in range(0, rows.numel(), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        touched, gradient = rows[part], grad[part]
+        old = values.index_select(0, touched).to(gradient.dtype)
+        change = _direction(config, state, rows=touched, grad=gradient, step=step)
+        new = old.mul_(1.0 - lr * config.weight_decay).sub_(change, alpha=lr)
+        if values.dtype == torch.bfloat16:
+            new = _round_at_random(new, key, global_rows[part])
+        values.index_copy_(0, touched, new.to(values.dtype))
+
+
+def _direction(
+    config: TableOptimizerConfig, state: dict[str, Tensor], *, rows: Tensor, grad: Tensor, step: int
+) -> Tensor:
+    """What is subtracted, per unit of learning rate, from each row: `[G, E]`. Updates the state."""
+    if config.kind == "sgd":
+        return grad
+    if config.kind == "rowwise_adagrad":  # FBGEMM's EXACT_ROWWISE_ADAGRAD: the mean square over the row
+        square = state["square"].index_select(0, rows) + grad.square().mean(dim=1)
+        state["square"].index_copy_(0, rows, square)
+        return grad / (square.sqrt() + config.eps).unsqueeze(1)
+    mean = state["mean"].index_select(0, rows).lerp_(grad, 1.0 - config.beta1)
+    state["mean"].index_copy_(0, rows, mean)
+    power = grad.square() if config.kind == "adam" else grad.square().mean(dim=1)
+    square = state["square"].index_select(0, rows).lerp_(power, 1.0 - config.beta2)
+    state["square"].index_copy_(0, rows, square)
+    root = (square.sqrt() / math.sqrt(1.0 - config.beta2**step)).add_(config.eps)
+    return mean / (1.0 - config.beta1**step) / (root if config.kind == "adam" else root.unsqueeze(1))
+
+
+def _round_at_random(values: Tensor, key: int, rows: Tensor) -> Tensor:
+    """fp32 `[G, E]` with the 16 bits that bf16 lacks added to a random number below their carry, then cut off."""
+    width = values.shape[1]
+    counters = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)
+    noise = (hash_torch(key, counters) & 0xFFFF).to(torch.int32)
+    return ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32)
