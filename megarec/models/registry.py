@@ -1,8 +1,14 @@
-"""The models by their settings."""
+"""The models by their settings: what is built, and what a step of it costs."""
+
+import numpy as np
+import numpy.typing as npt
 
 from megarec.models.argus.config import ArgusConfig
+from megarec.models.argus.flops import block_flops as argus_block_flops
 from megarec.models.argus.parallelize import build as build_argus
 from megarec.models.choice import ModelConfig
+from megarec.models.flops import ends_flops
+from megarec.models.hstu.flops import block_flops as hstu_block_flops
 from megarec.models.hstu.parallelize import build as build_hstu
 from megarec.models.model import RecModel
 from megarec.models.shape import InputShape
@@ -18,3 +24,32 @@ def build_model(config: ModelConfig, shape: InputShape, parts: Parts) -> RecMode
         model = build_hstu(config, shape, parts)
     name_parameters(model)
     return model
+
+
+def train_flops(
+    config: ModelConfig,
+    shape: InputShape,
+    cu_seqlens: npt.NDArray[np.integer],
+    *,
+    num_candidates: int,
+    num_scores: int,
+) -> int:
+    """Floating-point operations of one training pass over one pack, counted as `megarec.models.flops` says.
+
+    Args:
+        config: the settings of the model.
+        shape: its input and output.
+        cu_seqlens: `[B + 1]`, where each history of the pack begins, in events.
+        num_candidates: item vectors that are made: the distinct targets and negatives.
+        num_scores: pairs of query and item vector that are scored: targets times candidates, unless every target
+            has negatives of its own.
+    """
+    lengths = np.diff(cu_seqlens) * config.tokens_per_event
+    if isinstance(config, ArgusConfig):
+        block = argus_block_flops(config, lengths)
+    else:
+        block = hstu_block_flops(config, lengths)
+    ends = ends_flops(
+        config, shape, num_events=int(cu_seqlens[-1]), num_candidates=num_candidates, num_scores=num_scores
+    )
+    return config.num_layers * block + ends

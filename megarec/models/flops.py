@@ -1,0 +1,61 @@
+"""Floating-point operations of a training step that every model shares.
+
+A multiply-add counts 2. Forward counts once and backward twice, whatever is computed again on the way: recomputed
+work is no progress (MLPerf's formula for HSTU counts attention 3.5 times instead of 3 for that reason). Causal
+attention counts the pairs it needs, n(n + 1)/2 of a history of n tokens. Lookups, norms, activations, softmaxes and
+dead padding count nothing.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from megarec.models.config import SequenceConfig
+from megarec.models.shape import InputShape
+
+FORWARD_AND_BACKWARD = 3
+
+
+def linear_flops(num_rows: int, in_width: int, out_width: int) -> int:
+    """A linear map of `num_rows` vectors, trained: 6 per weight and row."""
+    return FORWARD_AND_BACKWARD * 2 * num_rows * in_width * out_width
+
+
+def attention_flops(lengths: npt.NDArray[np.integer], channels: int) -> int:
+    """Causal attention over histories of `lengths` tokens; `channels`: those of keys and of values, over all heads."""
+    lengths = lengths.astype(np.int64)
+    return FORWARD_AND_BACKWARD * 2 * int((lengths * (lengths + 1) // 2).sum()) * channels
+
+
+def ends_flops(
+    config: SequenceConfig, shape: InputShape, *, num_events: int, num_candidates: int, num_scores: int
+) -> int:
+    """What lies before and behind the blocks: input map, query, item tower, scores, feedback heads.
+
+    Args:
+        config: the settings of the model.
+        shape: its input and output.
+        num_events: events of the pack, each of which asks for its successor.
+        num_candidates: item vectors that are made.
+        num_scores: pairs of query and item vector that are scored.
+    """
+    width, table_width, heads = config.width, config.table_width, config.heads
+    context_width = table_width if shape.context else 0
+    item_width = table_width if shape.item else 0
+    flops = FORWARD_AND_BACKWARD * 2 * num_scores * heads.query_width
+    if table_width != width:
+        flops += linear_flops(num_events * config.tokens_per_event, table_width, width)
+    if heads.query_context:
+        flops += _mlp_flops(num_events, width + context_width, heads.hidden_width, out_width=heads.query_width)
+    if heads.item_tower == "linear":
+        flops += linear_flops(num_candidates, table_width, heads.query_width)
+    elif heads.item_tower == "mlp":
+        flops += _mlp_flops(num_candidates, table_width, heads.hidden_width, out_width=heads.query_width)
+    if shape.feedback_heads:
+        in_width = width + context_width + item_width if config.token_layout == "fused" else width
+        outputs = sum(1 if values == 2 else values for values in shape.feedback_heads.values())
+        flops += _mlp_flops(num_events, in_width, heads.hidden_width, out_width=outputs)
+    return flops
+
+
+def _mlp_flops(num_rows: int, in_width: int, hidden_width: int, *, out_width: int) -> int:
+    return linear_flops(num_rows, in_width, hidden_width) + linear_flops(num_rows, hidden_width, out_width)
