@@ -66,7 +66,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
-        params_dtype=dtype,
+        params_dtype=torch.float32,  # every filling starts in fp32; wrap_ddp casts once
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=True,
@@ -82,7 +82,7 @@ def transformer_config(
 def wrap_ddp(
     groups: ParallelGroups, model: nn.Module, config: TransformerConfig, *, overlap: bool = False
 ) -> DistributedDataParallel:
-    """Puts `model` on its device in `config.params_dtype` and inside Megatron-Core's DDP.
+    """Puts `model` on its device in `config.pipeline_dtype` and inside Megatron-Core's DDP.
 
     Gradients live in contiguous buffers, summed over data-parallel ranks; those of bf16 weights in fp32.
 
@@ -92,10 +92,10 @@ def wrap_ddp(
         config: from `transformer_config`.
         overlap: sum the gradients of one layer while the backward pass of the next runs.
     """
-    model.to(device=groups.device, dtype=config.params_dtype)
+    model.to(device=groups.device, dtype=config.pipeline_dtype)
     for parameter, placement in placements(model):
         setattr(parameter, "sequence_parallel", "tp" in placement.grad_sum_over)  # noqa: B010
-    in_fp32 = config.params_dtype == torch.bfloat16
+    in_fp32 = config.pipeline_dtype == torch.bfloat16
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=overlap)
     wrapped = DistributedDataParallel(config=config, ddp_config=settings, module=Replica(model, config))
     config.no_sync_func = wrapped.no_sync if overlap else None
