@@ -91,6 +91,20 @@ def decode_block(data: bytes, *, where: str) -> Block:
         raise UserError(f"damaged block: {fault}", where=where, fix="Copy the shard again or make it anew") from None
 
 
+def read_num_users(prefix: bytes, *, where: str) -> int:
+    """The number of users that a payload claims in its first bytes; `decode_block` finds out whether it is true."""
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(prefix)
+    try:
+        unpacker.read_map_header()
+        fields = [unpacker.unpack() for _ in range(4)]
+    except (ValueError, msgpack.UnpackException) as error:
+        raise UserError(f"damaged block: not msgpack ({error})", where=where) from None
+    if fields[:3] != ["format", FORMAT, "users"] or type(fields[3]) is not int or fields[3] < 0:
+        raise UserError("damaged block: does not begin with its format and number of users", where=where)
+    return fields[3]
+
+
 def find_fault(block: Block) -> str | None:
     """What keeps the arrays of `block` from fitting together, or None."""
     num_users = len(block.user)

@@ -1,0 +1,187 @@
+"""Packs: a fixed number of events that hold several windows of histories end to end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megarec.base.jagged import gather_indices, lengths_to_offsets, segment_positions
+from megarec.data.block import Array, Block, Int64
+
+Int32 = npt.NDArray[np.int32]
+Bool = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """The unit of training work: E events, always the same E, of B windows end to end and a dead tail.
+
+    What happens next is made here, before anything is sliced over ranks: `next_fields[name][t]` is what
+    `fields[name]` is for the same user's next event, wherever that event is.
+
+    Attributes:
+        lane: the lane that served it.
+        number: how many packs the lane served before, since the start of training: with `lane` it keys all randomness.
+        epoch: the lane's epoch.
+        cu_seqlens: where each window begins, in events, `[B + 1]`; everything from `cu_seqlens[-1]` on is dead.
+        user: user index of each window, `[B]`.
+        position: the event's place in its window, from 0, `[E]`; 0 when dead.
+        timestamp: the event's time in seconds, `[E]`; 0 when dead or without timestamps.
+        next_timestamp: the next event's time, which is when the question about it is asked, `[E]`; a live event without
+            a target has its own.
+        fields: ids of the item and of each context and feedback field, `[E]` or `[E, slots]`; -1 when dead, and in
+            unused slots. Item-side ids follow from the item: `Dataset.item_side`.
+        next_fields: the same of the next event; -1 without a target.
+        has_target: whether the next event is to be predicted, `[E]`.
+    """
+
+    lane: int
+    number: int
+    epoch: int
+    cu_seqlens: Int64
+    user: Int64
+    position: Int32
+    timestamp: Int64
+    next_timestamp: Int64
+    fields: dict[str, Int32]
+    next_fields: dict[str, Int32]
+    has_target: Bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackRule:
+    """How histories become windows and windows packs.
+
+    Attributes:
+        num_events: events of a pack.
+        max_targets: the most targets of a window.
+        stride: 0: one window per history, its newest events. N: windows whose ends are N targets apart, the newest at
+            the history's end; together they hold every target.
+        keep_last_event: whether a window's last event, which has no target, takes part.
+    """
+
+    num_events: int
+    max_targets: int
+    stride: int
+    keep_last_event: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """n windows onto the rows of `columns`; a window with k targets covers k + 1 rows.
+
+    Attributes:
+        reference: (block, user within the block, window of that user counted from the newest), `[n, 3]`.
+        user: user index, `[n]`.
+        start: first row, `[n]`.
+        num_targets: at least 1, `[n]`.
+        columns: ids per field and `timestamp`, in the types they are stored in.
+    """
+
+    reference: Int64
+    user: Int64
+    start: Int64
+    num_targets: Int64
+    columns: dict[str, Array]
+
+    def take(self, index: Int64) -> "Windows":
+        """The windows `index`, in that order, with a copy of their rows alone."""
+        num_rows = self.num_targets[index] + 1
+        rows = gather_indices(self.start[index], num_rows)
+        return Windows(
+            reference=self.reference[index],
+            user=self.user[index],
+            start=lengths_to_offsets(num_rows)[:-1],
+            num_targets=self.num_targets[index],
+            columns={name: column[rows] for name, column in self.columns.items()},
+        )
+
+
+def concatenate_windows(parts: Sequence[Windows]) -> Windows:
+    """The windows of all `parts`, in order."""
+    first_row = lengths_to_offsets(np.array([len(part.columns["item"]) for part in parts]))
+    return Windows(
+        reference=np.concatenate([part.reference for part in parts]),
+        user=np.concatenate([part.user for part in parts]),
+        start=np.concatenate([part.start + row for part, row in zip(parts, first_row[:-1], strict=True)]),
+        num_targets=np.concatenate([part.num_targets for part in parts]),
+        columns={name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+    )
+
+
+def cut_windows(block: Block, *, number: int, rule: PackRule) -> tuple[Windows, dict[str, int]]:
+    """The windows of block `number`, by user and then from the newest, and what was counted on the way.
+
+    Returns:
+        The windows, and the numbers of `histories`, `short_histories` (fewer than two events: nothing to predict),
+        `events`, `dropped_events` (older than what the windows hold) and `windows`.
+    """
+    num_events = np.diff(block.offsets)
+    num_targets = np.maximum(num_events - 1, 0)
+    older = np.maximum(num_targets - rule.max_targets, 0)
+    num_windows = np.minimum(num_targets, 1)
+    if rule.stride:
+        num_windows += -(-older // rule.stride)
+    owner = np.repeat(np.arange(len(num_events)), num_windows)
+    window = segment_positions(num_windows)
+    end = num_targets[owner] - window * rule.stride
+    begin = np.maximum(end - rule.max_targets, 0)
+    windows = Windows(
+        reference=np.stack([np.full_like(owner, number), owner, window], axis=1),
+        user=block.user[owner],
+        start=block.offsets[owner] + begin,
+        num_targets=end - begin,
+        columns=block.columns,
+    )
+    counts = {
+        "histories": len(num_events),
+        "short_histories": int((num_events < 2).sum()),
+        "events": int(block.offsets[-1]),
+        "dropped_events": 0 if rule.stride else int(older.sum()),
+        "windows": len(owner),
+    }
+    return windows, counts
+
+
+def make_pack(windows: Windows, members: Int64, *, rule: PackRule, lane: int, number: int, epoch: int) -> Pack:
+    """The pack that holds the windows `members`, in that order."""
+    num_targets = windows.num_targets[members]
+    lengths = num_targets + rule.keep_last_event
+    position = segment_positions(lengths)
+    has_target = position < np.repeat(num_targets, lengths)
+    row = position + np.repeat(windows.start[members], lengths)
+    next_row = row + has_target
+    ids = {name: column for name, column in windows.columns.items() if name != "timestamp"}
+    timestamp = windows.columns["timestamp"]
+    missing = ~has_target if rule.keep_last_event else None
+    num_events = rule.num_events
+    return Pack(
+        lane=lane,
+        number=number,
+        epoch=epoch,
+        cu_seqlens=lengths_to_offsets(lengths),
+        user=windows.user[members],
+        position=_padded(position.astype(np.int32), num_events=num_events, dead=0),
+        timestamp=_padded(timestamp[row], num_events=num_events, dead=0),
+        next_timestamp=_padded(timestamp[next_row], num_events=num_events, dead=0),
+        fields={name: _gathered(column, row, num_events=num_events) for name, column in ids.items()},
+        next_fields={
+            name: _gathered(column, next_row, num_events=num_events, missing=missing) for name, column in ids.items()
+        },
+        has_target=_padded(has_target, num_events=num_events, dead=False),
+    )
+
+
+def _padded(values: Array, *, num_events: int, dead: int) -> Array:
+    padded = np.full(num_events, dead, dtype=values.dtype)
+    padded[: len(values)] = values
+    return padded
+
+
+def _gathered(column: Array, rows: Int64, *, num_events: int, missing: Bool | None = None) -> Int32:
+    ids = np.full((num_events, *column.shape[1:]), -1, dtype=np.int32)
+    ids[: len(rows)] = column[rows]
+    if missing is not None:
+        ids[: len(rows)][missing] = -1
+    return ids

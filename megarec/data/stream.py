@@ -1,0 +1,256 @@
+"""The endless stream of training packs: the same for every layout, exact after a restart.
+
+A dataset is read by a fixed number of lanes. What a lane serves is a function of the dataset, the configuration and
+the lane's number alone, so lanes can be spread over any number of ranks that divides them. The position of a lane is
+small: (epoch, pool, pack) and references to the windows its pool took over from the one before.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from megarec.base.errors import UserError
+from megarec.base.random import derive_key, permutation
+from megarec.data.block import Int64
+from megarec.data.dataset import Dataset
+from megarec.data.packs import Pack, PackRule, Windows, concatenate_windows, cut_windows, make_pack
+from megarec.data.pools import Pool, fill_pool
+from megarec.data.reader import BlockReader
+
+FORMAT = "megarec-stream-1"  # a change of what a lane serves changes it: old positions are then refused
+COUNTS = ("histories", "short_histories", "events", "dropped_events", "windows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How a dataset becomes packs.
+
+    Attributes:
+        tokens_per_pack: tokens of a pack.
+        tokens_per_event: tokens the model's layout makes of an event; a pack is
+            `tokens_per_pack // tokens_per_event` events.
+        keep_last_event: whether the last event of a window, which has no target, takes part: layouts that put an item
+            and its feedback into different tokens need it.
+        lanes: readers of the dataset; a multiple of every data-parallel size one wants to use.
+        packs_per_lane: packs of a lane in a step; a step is `lanes * packs_per_lane` packs.
+        pool_blocks: blocks whose users are mixed and packed together.
+        max_history_events: the most events of a window.
+        window: `newest`: of a longer history the newest events, the others are dropped and counted; `stride:N`: all of
+            it, in windows whose ends are N targets apart.
+        seed: of the shuffles.
+        prefetch_steps: steps made ahead; changes no pack.
+    """
+
+    tokens_per_pack: int = 4096
+    tokens_per_event: int = 1
+    keep_last_event: bool = False
+    lanes: int = 4
+    packs_per_lane: int = 1
+    pool_blocks: int = 8
+    max_history_events: int = 512
+    window: str = "newest"
+    seed: int = 0
+    prefetch_steps: int = 2
+
+    def __post_init__(self) -> None:
+        at_least = {"max_history_events": 1 + self.keep_last_event, "seed": 0, "prefetch_steps": 0}
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < at_least.get(name, 1) and not isinstance(value, bool):
+                raise UserError(f"{name} is {value}", fix=f"Set it to {at_least.get(name, 1)} or more")
+        if self.max_history_events > self.events_per_pack:
+            what = f"max_history_events is {self.max_history_events}, a pack holds {self.events_per_pack} events"
+            raise UserError(what, fix="Lower it or raise tokens_per_pack: no history exceeds a pack")
+        max_targets = self.max_history_events - self.keep_last_event
+        if self.window != "newest" and not 1 <= self._stride <= max_targets:
+            what = f"window is '{self.window}'"
+            raise UserError(what, fix=f"Set it to 'newest' or to 'stride:N' with N from 1 to {max_targets}")
+
+    @property
+    def events_per_pack(self) -> int:
+        """Events of a pack, E."""
+        return self.tokens_per_pack // self.tokens_per_event
+
+    @property
+    def pack_rule(self) -> PackRule:
+        """How histories become windows and windows packs."""
+        return PackRule(
+            num_events=self.events_per_pack,
+            max_targets=self.max_history_events - self.keep_last_event,
+            stride=self._stride,
+            keep_last_event=self.keep_last_event,
+        )
+
+    @property
+    def _stride(self) -> int:
+        kind, _, number = self.window.partition(":")
+        return int(number) if kind == "stride" and number.isdecimal() and number.isascii() else 0
+
+
+class TrainStream:
+    """The training packs of some lanes of a dataset, without end.
+
+    While a pool is served, a thread reads and packs the next one of the lane.
+
+    Args:
+        dataset: what to read.
+        config: how.
+        lanes: the lanes to serve; rank r of d serves `range(r, config.lanes, d)`.
+
+    Raises:
+        UserError: the train split has fewer blocks than `config.lanes`, or shards are missing; from `next_step`: a
+            shard is damaged, or a lane holds no history with two events.
+    """
+
+    def __init__(self, dataset: Dataset, config: StreamConfig, *, lanes: Sequence[int]) -> None:
+        reader = BlockReader(dataset, "train")
+        if reader.num_blocks < config.lanes:
+            what = f"the train split has {reader.num_blocks} blocks of users, fewer than lanes={config.lanes}"
+            raise UserError(what, where=str(dataset.path), fix="Use fewer lanes, or fewer users per block")
+        if len(set(lanes)) != len(lanes) or not all(0 <= lane < config.lanes for lane in lanes):
+            raise ValueError(f"lanes {list(lanes)} of {config.lanes}")
+        self._packs_per_lane = config.packs_per_lane
+        self._fingerprint = _fingerprint(dataset, config)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pools")
+        self._lanes = [_Lane(reader, config, number=lane, thread=self._thread) for lane in lanes]
+
+    def next_step(self) -> list[Pack]:
+        """The packs of the next step: `packs_per_lane` of each lane, lane by lane in the order of `lanes`."""
+        return [lane.next_pack() for lane in self._lanes for _ in range(self._packs_per_lane)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What these lanes read since the start of training, up to the end of the pools being served.
+
+        `histories`, `short_histories` (fewer than two events, left out), `events`, `dropped_events` and `windows`.
+        """
+        return {name: sum(lane.counts[name] for lane in self._lanes) for name in COUNTS}
+
+    def state(self) -> dict[str, Any]:
+        """The position of each lane by its number, as JSON. The states of all ranks together are one dict."""
+        return {str(lane.number): {"stream": self._fingerprint, **lane.state()} for lane in self._lanes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues as the streams did whose `state` was taken; `state` may hold other lanes too.
+
+        Raises:
+            UserError: `state` lacks a lane, or is of another dataset or configuration.
+        """
+        for lane in self._lanes:
+            saved = state.get(str(lane.number))
+            if saved is None:
+                raise UserError(f"the saved stream has no lane {lane.number}", fix="Keep the number of lanes")
+            if saved["stream"] != self._fingerprint:
+                what = "the saved stream is of another dataset or of other stream settings"
+                raise UserError(what, fix="Resume with those it was saved with, or start a new run")
+        for lane in self._lanes:
+            lane.restore(state[str(lane.number)])
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A pool of a lane, the windows carried into it, and what was counted before it."""
+
+    epoch: int = 0
+    pool: int = 0
+    carried: list[list[int]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+
+
+class _Lane:
+    """One lane: a walk through its pools."""
+
+    def __init__(self, reader: BlockReader, config: StreamConfig, *, number: int, thread: ThreadPoolExecutor) -> None:
+        self.number = number
+        self._reader = reader
+        self._config = config
+        self._rule = config.pack_rule
+        self._thread = thread
+        self._seek(_Place(), pack=0, num_served=0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self._after.counts
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self._place), "pack": self._pack, "number": self._num_served}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        place = _Place(**{name: state[name] for name in ("epoch", "pool", "carried", "counts")})
+        self._seek(place, pack=state["pack"], num_served=state["number"])
+
+    def next_pack(self) -> Pack:
+        while self._pool is None or self._pack == len(self._pool.packs):
+            self._enter_pool()
+        members = self._pool.packs[self._pack]
+        labels = {"lane": self.number, "number": self._num_served, "epoch": self._place.epoch}
+        pack = make_pack(self._pool.windows, members, rule=self._rule, **labels)
+        self._pack += 1
+        self._num_served += 1
+        return pack
+
+    def _seek(self, place: _Place, *, pack: int, num_served: int) -> None:
+        self._place = self._after = place
+        self._pack = pack
+        self._num_served = num_served
+        self._pool: Pool | None = None
+        self._ahead = self._thread.submit(self._make_pool, place, None)
+
+    def _enter_pool(self) -> None:
+        if self._pool is not None:
+            self._place, self._pack = self._after, 0
+        self._pool, self._after = self._ahead.result()
+        self._ahead = self._thread.submit(self._make_pool, self._after, self._pool.carried)
+
+    def _make_pool(self, place: _Place, carried: Windows | None) -> tuple[Pool, _Place]:
+        """The pool at `place` and the place after it; without `carried`, its windows are read again."""
+        pools = self._pools(place.epoch)
+        parts, counts = [], dict(place.counts)
+        for number in pools[place.pool].tolist():
+            windows, counted = cut_windows(self._reader.read(number), number=number, rule=self._rule)
+            parts.append(windows)
+            counts = {name: counts[name] + counted[name] for name in COUNTS}
+        if carried is None and place.carried:
+            carried = self._read_windows(place.carried)
+        key = derive_key(self._config.seed, "pool", self.number, place.epoch, place.pool)
+        pool = fill_pool(parts, carried=carried, rule=self._rule, key=key)
+        ends_epoch = place.pool + 1 == len(pools)
+        if ends_epoch and counts["windows"] == 0:
+            raise UserError(f"lane {self.number} holds no history with two events", fix="Use fewer lanes")
+        after = _Place(
+            epoch=place.epoch + ends_epoch,
+            pool=0 if ends_epoch else place.pool + 1,
+            carried=pool.carried.reference.tolist(),
+            counts=counts,
+        )
+        return pool, after
+
+    def _pools(self, epoch: int) -> list[Int64]:
+        """The blocks of each pool of an epoch."""
+        config = self._config
+        order = permutation(derive_key(config.seed, "blocks", epoch), self._reader.num_blocks)
+        mine = order[self.number :: config.lanes]
+        return np.split(mine, range(config.pool_blocks, len(mine), config.pool_blocks))
+
+    def _read_windows(self, references: list[list[int]]) -> Windows:
+        """The windows referred to, in that order, from the blocks they lie in."""
+        numbers = sorted({block for block, _, _ in references})
+        parts = [cut_windows(self._reader.read(n), number=n, rule=self._rule)[0] for n in numbers]
+        windows = concatenate_windows(parts)
+        index = {tuple(reference): at for at, reference in enumerate(windows.reference.tolist())}
+        return windows.take(np.array([index[tuple(reference)] for reference in references]))
+
+
+def _fingerprint(dataset: Dataset, config: StreamConfig) -> str:
+    """Equal when the packs are: same shards, settings and way of packing."""
+    shards = [shard.sha256 for shard in dataset.shards_of("train")]
+    content = [FORMAT, shards, asdict(replace(config, prefetch_steps=0))]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
