@@ -39,6 +39,9 @@ class CheckpointWriter:
         rank: this process.
         world_size: the number of processes.
         keep_last: how many newest checkpoints stay; the best one stays too.
+
+    Attributes:
+        newest_step: the step of the newest save, finished or under way, or None.
     """
 
     def __init__(self, directory: Path, *, rank: int, world_size: int, keep_last: int) -> None:
@@ -47,6 +50,7 @@ class CheckpointWriter:
         self._world_size = world_size
         self._keep_last = keep_last
         self._pending: _PendingSave | None = None
+        self.newest_step: int | None = None
 
     def start(self, step: int, pieces: Sequence[Piece], *, state: dict[str, Any], config: dict[str, Any]) -> None:
         """Copies `pieces` and begins to write them; a save still under way is finished first."""
@@ -56,6 +60,7 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         dist.barrier()
+        self.newest_step = step
         path = staging / f"rank-{self._rank:05d}.safetensors"
         self._pending = _PendingSave(path, pieces, step=step, state=state, config=config)
 

@@ -1,12 +1,14 @@
 """Sending what one rank read to the ranks that work on the same packs."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megarec.parallel.groups import Group
+
+T = TypeVar("T")
 
 
 def broadcast_tensors(tensors: dict[str, Tensor] | None, group: Group, device: torch.device) -> dict[str, Tensor]:
@@ -39,3 +41,10 @@ def broadcast_object(value: Any, group: Group) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group=group.process_group, group_src=0)
     return box[0]
+
+
+def gather_objects(value: T, group: Group) -> list[T]:
+    """The small Python objects of all ranks of `group`, in rank order, on every rank of it. Collective."""
+    gathered: list[Any] = [None] * group.size
+    dist.all_gather_object(gathered, value, group=group.process_group)
+    return gathered

@@ -1,0 +1,58 @@
+"""Trains a model on a dataset directory. The same command under torchrun:
+
+torchrun --nnodes N --nproc-per-node 8 -m megarec.cli.train data=... model=argus_small run_dir=...
+
+A run directory that holds an interrupted run is continued from its newest checkpoint, bit for bit.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from megarec.base.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from megarec.parallel.groups import ProcessInfo
+
+
+def main() -> None:
+    """Runs `megarec-train`."""
+
+    def body() -> None:
+        from megarec.cli.command import read_command_line
+        from megarec.train.config import TrainConfig
+
+        settings = read_command_line("megarec-train", TrainConfig, about=__doc__ or "", presets="train")
+        from megarec.base.config import build
+
+        config = build(TrainConfig, settings)
+        from megarec.cli.periodic_evaluation import EvalSplit
+        from megarec.train.run import train
+
+        if config.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        train(config, read_process_info(), EvalSplit())
+
+    run_command(body)
+
+
+def read_process_info() -> "ProcessInfo":
+    """What torchrun put into the environment; without torchrun, a job of one process."""
+    from megarec.parallel.groups import ProcessInfo
+
+    if "RANK" not in os.environ:
+        return ProcessInfo()
+    try:
+        return ProcessInfo(
+            rank=int(os.environ["RANK"]),
+            world=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            rendezvous="env://",
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"RANK is set, but the rest is not as torchrun sets it ({error})", where="environment"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""From packs of events to what a step needs: table rows, targets, negatives. Runs in the reader's thread."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megarec.base.random import derive_key, integers_numpy
+from megarec.data.packs import Pack
+from megarec.data.prefetch import Prefetcher
+from megarec.data.stream import TrainStream
+from megarec.models.rows import RowMap
+from megarec.train.config import ObjectiveConfig
+
+Int64 = npt.NDArray[np.int64]
+ROW_PARTS = ("context", "item", "feedback", "next_context", "next_item", "candidates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackBatch:
+    """One pack as tensors, in event units: `T` events, `Q` of them with a next item, `C` candidates.
+
+    Attributes:
+        key: of everything random in this pack.
+        columns: `cu_seqlens` `[B + 1]`, `position`, `timestamp`, `next_timestamp` `[T]`, `target_event` `[Q]` (which
+            events have a next item), `target` `[Q]` (its place among the candidates), `candidate_id` `[C]`,
+            `log_q` `[C]`, `negatives` `[Q, K]` (per-position draws, places among the candidates), and
+            `feedback/<field>` `[T]` (the next event's value, 0 where it is unknown).
+        rows: for each of `ROW_PARTS` the table rows `[*, S]`, -1 for nothing.
+    """
+
+    key: int
+    columns: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        """Living events."""
+        return int(self.columns["cu_seqlens"][-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The packs of this rank in one step and the position of the stream after them."""
+
+    packs: list[PackBatch]
+    position: dict[str, Any]
+
+    def all_rows(self) -> Tensor:
+        """The rows of all packs end to end, `[n]`, for one exchange."""
+        return torch.cat([pack.rows[part].reshape(-1) for pack in self.packs for part in ROW_PARTS])
+
+    def split(self, index: Tensor) -> list[dict[str, Tensor]]:
+        """`index` `[n]`, one entry per row of `all_rows`, back in the shapes of the packs' rows."""
+        shapes = [pack.rows[part].shape for pack in self.packs for part in ROW_PARTS]
+        pieces = iter(torch.split(index, [shape.numel() for shape in shapes]))
+        return [{part: next(pieces).view(pack.rows[part].shape) for part in ROW_PARTS} for pack in self.packs]
+
+
+class BatchMaker:
+    """Turns packs into `PackBatch`es.
+
+    Args:
+        row_map: where the rows of a field id are.
+        item_counts: train count of every item id, `[num_items + 1]`.
+        objective: which negatives are drawn.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, row_map: RowMap, item_counts: npt.NDArray[np.integer], objective: ObjectiveConfig, *, seed: int
+    ) -> None:
+        self._row_map = row_map
+        self._objective = objective
+        self._seed = seed
+        self._num_items = len(item_counts) - 1
+        self._heads = tuple(row_map.shape.feedback_heads)
+        self._popularity = _popularity(item_counts)
+
+    def make(self, pack: Pack) -> PackBatch:
+        """The tensors of one pack; a function of the pack and the seed alone."""
+        key = derive_key(self._seed, "pack", pack.lane, pack.number)
+        length = len(pack.position)
+        gaps, next_gaps = _seconds_between(pack)
+        item, next_item = pack.fields["item"].astype(np.int64), pack.next_fields["item"].astype(np.int64)
+        asked = np.where(pack.has_target, next_item, -1)
+        rows = {
+            "context": self._row_map.context(pack.fields, gap_seconds=gaps),
+            "item": self._row_map.item(item),
+            "feedback": self._row_map.feedback(pack.fields, length),
+            "next_context": self._row_map.context(pack.next_fields, gap_seconds=next_gaps),
+            "next_item": self._row_map.item(asked),
+        }
+        targets, columns = self._next_item_columns(asked, key)
+        rows["candidates"] = self._row_map.item_tower(targets)
+        columns.update(
+            cu_seqlens=pack.cu_seqlens,
+            position=pack.position.astype(np.int64),
+            timestamp=pack.timestamp,
+            next_timestamp=pack.next_timestamp,
+        )
+        for head in self._heads:
+            columns[f"feedback/{head}"] = np.where(pack.has_target, pack.next_fields[head], 0).astype(np.int64)
+        return PackBatch(
+            key=key,
+            columns={name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()},
+            rows={name: torch.from_numpy(row) for name, row in rows.items()},
+        )
+
+    def _next_item_columns(self, asked: Int64, key: int) -> tuple[Int64, dict[str, npt.NDArray[Any]]]:
+        """The candidates of a pack and where each target is among them; targets nobody knows (id 0) have no loss."""
+        wanted = asked > 0 if self._objective.next_item != "none" else np.zeros(len(asked), dtype=bool)
+        target_event = np.flatnonzero(wanted)
+        target = asked[target_event]
+        draws_per_row = self._objective.num_uniform_negatives
+        negatives = np.empty((len(target), 0), dtype=np.int64)
+        num_in_pack = 0
+        if self._objective.next_item == "full":
+            candidates, place = np.arange(1, self._num_items + 1, dtype=np.int64), target - 1
+        elif self._objective.negatives == "per_position":
+            counters = target_event[:, None] * draws_per_row + np.arange(draws_per_row)
+            draws = 1 + integers_numpy(derive_key(key, "negatives"), counters, self._num_items)
+            candidates, numbers = _number_distinct(np.concatenate([target[:, None], draws], axis=1), self._num_items)
+            place, negatives = numbers[:, 0], numbers[:, 1:]
+        else:
+            distinct, place = np.unique(target, return_inverse=True)
+            draws = 1 + integers_numpy(derive_key(key, "negatives"), np.arange(draws_per_row), self._num_items)
+            candidates, num_in_pack = np.concatenate([distinct, draws]), len(distinct)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "target_event": target_event,
+            "target": place,
+            "candidate_id": candidates,
+            "log_q": self._log_expected_share(candidates, num_in_pack),
+            "negatives": negatives,
+        }
+        return candidates, columns
+
+    def _log_expected_share(self, candidates: Int64, num_in_pack: int) -> npt.NDArray[np.float32]:
+        """log Q(i): the expected share of candidate i among the negatives, `[C]`.
+
+        In-pack negatives come in proportion to train counts, uniform draws come evenly:
+        `Q(i) = (n_b popularity_i + n_u / V) / (n_b + n_u)` with `n_b` in-pack negatives and `n_u` draws.
+        """
+        uniform = self._objective.num_uniform_negatives
+        if num_in_pack + uniform == 0:
+            return np.zeros(len(candidates), dtype=np.float32)
+        share = num_in_pack * self._popularity[candidates] + uniform / max(self._num_items, 1)
+        return np.log(share / (num_in_pack + uniform)).astype(np.float32)
+
+
+class PackFeed:
+    """The reader's side of training: steps of packs, made ahead of time by a thread.
+
+    Args:
+        stream: where packs come from.
+        maker: turns them into tensors.
+        depth: steps made ahead.
+    """
+
+    def __init__(self, stream: TrainStream, maker: BatchMaker, *, depth: int) -> None:
+        self._stream = stream
+        self._maker = maker
+        self._prefetcher = Prefetcher(self._make_step, depth)
+
+    def take(self) -> StepBatch:
+        """The next step; waits when the thread is behind."""
+        return self._prefetcher.take()
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._prefetcher.close()
+
+    def _make_step(self) -> StepBatch:
+        packs = [self._maker.make(pack) for pack in self._stream.next_step()]
+        return StepBatch(packs=packs, position=self._stream.state())
+
+
+def _popularity(item_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Share of each item id in the train events; items never seen count as seen once, so that its log exists."""
+    counts = np.maximum(item_counts.astype(np.float64), 1.0)
+    counts[0] = 0.0
+    return counts / counts.sum()
+
+
+def _number_distinct(ids: Int64, num_items: int) -> tuple[Int64, Int64]:
+    """The distinct `ids`, ascending, and for each id its number among them; by marking, as ids are dense."""
+    marks = np.zeros(num_items + 1, dtype=np.int64)
+    marks[ids] = 1
+    return np.flatnonzero(marks), (np.cumsum(marks) - 1)[ids]
+
+
+def _seconds_between(pack: Pack) -> tuple[Int64, Int64]:
+    """Seconds since the event before (-1 for a history's first) and until the next event, `[T]` each."""
+    gaps = np.full(len(pack.timestamp), -1, dtype=np.int64)
+    inside = pack.position[1:] > 0
+    gaps[1:][inside] = np.diff(pack.timestamp)[inside]
+    next_gaps = np.where(pack.has_target, pack.next_timestamp - pack.timestamp, -1)
+    return gaps, next_gaps

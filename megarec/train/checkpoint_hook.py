@@ -1,0 +1,96 @@
+"""Checkpoints between steps, and periodic evaluation that names the best one."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megarec.base.errors import UserError, nearest
+from megarec.checkpoint.save import CheckpointWriter
+from megarec.parallel.broadcast import broadcast_object, gather_objects
+from megarec.train import state
+from megarec.train.hooks import Hook
+from megarec.train.logging_hook import keep_until
+from megarec.train.step import StepResult
+from megarec.train.trainer import Trainer
+
+
+class Evaluator(Protocol):
+    """The periodic evaluation: every rank measures its share of the users, the shares become metrics."""
+
+    def measure(self, trainer: Trainer, dense: dict[str, Tensor], tables: dict[str, Tensor]) -> Any:
+        """What this rank sees of its share of the users, given the whole weights."""
+        ...
+
+    def summarize(self, trainer: Trainer, shares: list[Any]) -> dict[str, float]:
+        """The metrics of all shares together, such as `ndcg@10`; the same on every rank."""
+        ...
+
+
+class CheckpointHook(Hook):
+    """Writes a checkpoint every `checkpoint.every_steps` steps and after the last."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self._writer = writer
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Begins a save when one is due; completes one that is ready."""
+        every = trainer.config.checkpoint.every_steps
+        last = trainer.step == trainer.config.num_steps
+        if last or (every and trainer.step % every == 0):
+            state.save(self._writer, trainer)
+        else:
+            self._writer.poll()
+
+    def finish(self, trainer: Trainer) -> None:
+        """Waits for the last save."""
+        self._writer.finish()
+
+
+class EvaluationHook(Hook):
+    """Evaluates every `evaluate_every_steps` steps and after the last; marks the best checkpoint if asked to."""
+
+    def __init__(self, run_dir: Path, evaluator: Evaluator, writer: CheckpointWriter) -> None:
+        self._run_dir = run_dir
+        self._evaluator = evaluator
+        self._writer = writer
+        self._best = float("-inf")
+
+    def start(self, trainer: Trainer) -> None:
+        """Drops evaluations of steps that will be taken again and finds the best of the others."""
+        metric = trainer.config.checkpoint.keep_best
+        path = self._run_dir / "evaluations.jsonl"
+        if trainer.groups.world.rank == 0:
+            keep_until(path, trainer.step)
+            if metric and path.is_file():
+                done = [json.loads(line)["metrics"] for line in path.read_text(encoding="utf-8").splitlines()]
+                self._best = max((metrics.get(metric, self._best) for metrics in done), default=self._best)
+        self._best = broadcast_object(self._best, trainer.groups.world)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Evaluates when it is due."""
+        every = trainer.config.evaluate_every_steps
+        last = trainer.step == trainer.config.num_steps
+        if not every or (trainer.step % every and not last):
+            return
+        share = self._evaluator.measure(trainer, *state.whole_weights(trainer))
+        metrics = self._evaluator.summarize(trainer, gather_objects(share, trainer.groups.world))
+        if trainer.groups.world.rank == 0:
+            with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": trainer.step, "metrics": metrics}) + "\n")
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"evaluation at step {trainer.step}  {shown}", flush=True)  # noqa: T201
+        self._keep_best(trainer, metrics)
+
+    def _keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        metric = trainer.config.checkpoint.keep_best
+        if metric is None:
+            return
+        if metric not in metrics:
+            raise UserError(f"no metric '{metric}'", where="checkpoint.keep_best", fix=nearest(metric, list(metrics)))
+        if metrics[metric] > self._best:
+            self._best = metrics[metric]
+            if self._writer.newest_step != trainer.step:
+                state.save(self._writer, trainer)
+            self._writer.mark_best(trainer.step)

@@ -1,0 +1,77 @@
+"""Rules that involve more than one section of the configuration or the dataset, one small function each."""
+
+from megarec.base.errors import UserError
+from megarec.data.dataset import Dataset
+from megarec.models.hstu.config import HstuConfig
+from megarec.parallel.layout import LayoutConfig
+from megarec.train.config import TrainConfig
+
+ALIGNMENT = 16
+
+
+def check_run(config: TrainConfig, *, world: int) -> None:
+    """Refuses what the configuration alone rules out, before any process group is made."""
+    check_layout(config.layout)
+    check_lanes(config, world=world)
+    check_pack_size(config)
+    check_positions(config)
+
+
+def check_layout(layout: LayoutConfig) -> None:
+    """This version trains with data parallelism and tables sharded over all ranks."""
+    if layout.replica > 1:
+        raise UserError(
+            "one replica is one rank in this version",
+            where="layout",
+            fix="Set tensor=pipeline=context=1; more processes are more data-parallel replicas",
+        )
+
+
+def check_lanes(config: TrainConfig, *, world: int) -> None:
+    """Every data-parallel rank serves equally many lanes."""
+    data = config.layout.data(world)
+    if config.stream.lanes % data:
+        raise UserError(
+            f"{config.stream.lanes} lanes cannot be shared by {data} data-parallel ranks",
+            where="stream.lanes",
+            fix=f"Use a multiple of {data}",
+        )
+
+
+def check_pack_size(config: TrainConfig) -> None:
+    """A pack divides evenly over ranks and into whole events."""
+    unit = config.layout.tensor * config.layout.context * ALIGNMENT
+    if config.stream.tokens_per_pack % unit:
+        raise UserError(
+            f"{config.stream.tokens_per_pack} is not a multiple of {unit}",
+            where="stream.tokens_per_pack",
+            fix=f"The nearest is {max(unit, round(config.stream.tokens_per_pack / unit) * unit)}",
+        )
+    if config.stream.tokens_per_pack % config.model.tokens_per_event:
+        raise UserError(
+            f"{config.stream.tokens_per_pack} tokens are not whole events of {config.model.tokens_per_event} tokens",
+            where="stream.tokens_per_pack",
+            fix=f"Use a multiple of {unit * config.model.tokens_per_event}",
+        )
+
+
+def check_positions(config: TrainConfig) -> None:
+    """The model has a position for every event of the longest window."""
+    longest = config.stream.max_history_events + int(config.model.keep_last_event)
+    if config.model.max_positions < longest:
+        raise UserError(
+            f"windows of {longest} events do not fit {config.model.max_positions} positions",
+            where="model.max_positions",
+            fix="Raise it, or lower stream.max_history_events",
+        )
+
+
+def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
+    """What the model wants to know is in the dataset."""
+    biased = isinstance(config.model, HstuConfig) and config.model.block.num_time_buckets > 0
+    if not dataset.has_timestamps and (biased or config.model.time_gap_buckets):
+        raise UserError(
+            "the dataset has no timestamps",
+            where=str(dataset.path),
+            fix="Set model.block.num_time_buckets=0 and model.time_gap_buckets=0",
+        )

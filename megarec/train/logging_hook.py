@@ -1,0 +1,130 @@
+"""The progress line, `metrics.jsonl` and TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarec.train.hooks import Hook
+from megarec.train.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
+from megarec.train.step import StepResult
+from megarec.train.trainer import DTYPES, Trainer
+
+
+class LoggingHook(Hook):
+    """Every `log_every_steps` steps: one readable line on standard output, one JSON object in `metrics.jsonl`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._losses: list[Tensor] = []
+        self._num_skipped = 0
+        self._board: Any = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Measures the matmul peak and drops metrics of steps that will be taken again."""
+        device = trainer.groups.device
+        peak = measure_matmul_peak(device, DTYPES[trainer.config.precision])
+        self._meter = Meter(peak_flops=peak, num_ranks=trainer.groups.world.size)
+        self._is_main = trainer.groups.world.rank == 0
+        self._first_step, self._started = trainer.step, time.perf_counter()
+        if not self._is_main:
+            return
+        keep_until(self._run_dir / "metrics.jsonl", trainer.step)
+        if trainer.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=trainer.step or None)
+        dense = sum(p.numel() for p in trainer.model.parameters())
+        tables = trainer.machinery.tables
+        _say(
+            f"{trainer.config.model.name}: {dense:,} dense weights, {tables.num_rows:,} table rows x {tables.width}; "
+            f"{trainer.groups.world.size} ranks; matmul peak {peak / 1e12:.3g} TFLOP/s per rank; "
+            f"steps {trainer.step:,} to {trainer.config.num_steps:,}"
+        )
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Adds the step to the interval; prints at its end."""
+        self._losses.append(result.losses)
+        self._num_skipped += not result.updated
+        work = trainer.work
+        self._meter.add(num_tokens=work.num_tokens, flops=work.flops, waited_seconds=work.waited_seconds)
+        if trainer.step % trainer.config.log_every_steps and trainer.step != trainer.config.num_steps:
+            return
+        mean = torch.stack(self._losses).mean(0)
+        dist.all_reduce(mean, group=trainer.groups.data.process_group)
+        throughput = self._meter.read()
+        self._losses = []
+        if self._is_main:
+            losses = dict(zip(trainer.machinery.objective.names, mean.tolist(), strict=True))
+            self._write(trainer, result, losses, throughput=throughput)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Closes the files."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, trainer: Trainer, result: StepResult, losses: dict[str, float], *, throughput: Throughput) -> None:
+        memory = memory_bytes(trainer.groups.device)
+        elapsed = time.perf_counter() - self._started
+        left = (trainer.config.num_steps - trainer.step) * elapsed / (trainer.step - self._first_step)
+        record = {
+            "step": trainer.step,
+            "seconds": throughput.seconds,
+            "tokens": trainer.work.num_tokens,
+            "losses": losses,
+            "learning_rate": trainer.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": throughput.tokens_per_second,
+            "tflops": throughput.tflops,
+            "mfu": throughput.mfu,
+            "data_wait": throughput.data_wait,
+            "memory_bytes": memory,
+            "skipped_steps": self._num_skipped,
+        }
+        with (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, trainer.step)
+            for name, value in losses.items():
+                self._board.add_scalar(f"loss/{name}", value, trainer.step)
+        _say(
+            f"step {trainer.step:>{len(str(trainer.config.num_steps))}}/{trainer.config.num_steps}"
+            f"  loss {'  '.join(f'{name} {value:.4f}' for name, value in losses.items())}"
+            f"  grad {result.grad_norm:.3g}"
+            f"  {throughput.tokens_per_second:,.0f} tokens/s"
+            f"  {throughput.tflops:.3g} TFLOP/s (MFU {throughput.mfu:.1%})"
+            f"  data-wait {throughput.data_wait:.1%}"
+            f"  {memory / 2**30:.2f} GiB"
+            f"  ETA {format_seconds(left)}" + (f"  {self._num_skipped} steps skipped" if self._num_skipped else "")
+        )
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of a JSONL file that speak of later steps than `step`."""
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def format_seconds(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201

@@ -1,0 +1,138 @@
+"""What a pack's forward pass adds to the loss: sums over its targets, divided by the targets of the whole step."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megarec.base.random import derive_key
+from megarec.layers.dropout import Randomness
+from megarec.losses.feedback import feedback_loss
+from megarec.losses.full_softmax import full_softmax
+from megarec.losses.sampled_softmax import sampled_softmax, sampled_softmax_per_position
+from megarec.models.inputs import Events, Lookup
+from megarec.models.model import RecModel
+from megarec.train.batches import PackBatch
+from megarec.train.config import ObjectiveConfig
+
+NEXT_ITEM = "next_item"
+
+
+class Objective:
+    """The loss of a model: next item and feedback, each head a sum over its own targets.
+
+    Args:
+        model: what predicts.
+        config: which losses, with which weights.
+        heads: the feedback fields that are predicted.
+        device: where the packs go.
+
+    Attributes:
+        names: the heads that have a loss: `next_item`, then the feedback fields.
+    """
+
+    def __init__(
+        self, model: RecModel, config: ObjectiveConfig, heads: Mapping[str, int], *, device: torch.device
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._feedback_heads = tuple(heads) if config.feedback_weight else ()
+        self._device = device
+        weights = dict.fromkeys(self._feedback_heads, config.feedback_weight)
+        if config.next_item != "none":
+            weights = {NEXT_ITEM: config.next_item_weight, **weights}
+        self.names = tuple(weights)
+        self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)
+
+    def count_targets(self, packs: list[PackBatch]) -> Tensor:
+        """The targets of each head in `packs`, float64 `[heads]` in the order of `names`."""
+        counts = [sum(self._count(pack, name) for pack in packs) for name in self.names]
+        return torch.tensor(counts, dtype=torch.float64, device=self._device)
+
+    def pack_loss(
+        self, pack: PackBatch, rows: Mapping[str, Tensor], lookup: Lookup, global_counts: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of one pack in the loss of the step.
+
+        `sum over heads of weight_h * (sum over the pack's targets of loss) / global_counts_h`; a head without any
+        target in the step adds zero.
+
+        Args:
+            pack: the events and targets.
+            rows: the pack's rows as `lookup` wants them, for each of `batches.ROW_PARTS`.
+            lookup: rows to the sum of their vectors.
+            global_counts: targets of each head in the step over all ranks, `[heads]`.
+
+        Returns:
+            the loss with its graph, and the loss of each head divided by its global count, detached.
+        """
+        columns = {name: column.to(self._device) for name, column in pack.columns.items()}
+        events = _events(pack, columns, rows)
+        states = self._model.encode(events, lookup)
+        sums = self._feedback(states, events, columns=columns, lookup=lookup)
+        if self._config.next_item != "none":
+            query = self._model.next_item_query(states, events, lookup)[columns["target_event"]]
+            vectors = self._model.item_vectors(rows["candidates"], lookup)
+            sums[NEXT_ITEM] = self._next_item(query, vectors, columns).double()
+        shares = torch.stack([sums[name] for name in self.names]) / global_counts.clamp_min(1.0)
+        loss = (shares * self._weights).sum()
+        # A pack without a target must still reach every parameter, or ranks would wait for each other's gradients.
+        return loss + states.sum() * 0.0, dict(zip(self.names, shares.detach(), strict=True))
+
+    def _next_item(self, query: Tensor, vectors: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        config, target, scale = self._config, columns["target"], self._model.inverse_temperature()
+        if config.next_item == "full":
+            return full_softmax(query, vectors, target=target, inverse_temperature=scale, chunk_items=config.chunk_rows)
+        log_q = None if config.correction == "none" else columns["log_q"]
+        if config.negatives == "per_position":
+            return sampled_softmax_per_position(
+                query,
+                vectors,
+                target=target,
+                negative_index=columns["negatives"],
+                log_q=log_q,
+                correction=config.correction,
+                inverse_temperature=scale,
+                chunk_rows=config.chunk_rows,
+            )
+        return sampled_softmax(
+            query,
+            vectors,
+            target=target,
+            candidate_id=columns["candidate_id"],
+            log_q=log_q,
+            correction=config.correction,
+            inverse_temperature=scale,
+            chunk_rows=config.chunk_rows,
+        )
+
+    def _feedback(
+        self, states: Tensor, events: Events, *, columns: Mapping[str, Tensor], lookup: Lookup
+    ) -> dict[str, Tensor]:
+        if not self._feedback_heads:
+            return {}
+        logits = self._model.feedback_logits(states, events, lookup)
+        return {
+            head: feedback_loss(logits[head], columns[f"feedback/{head}"])[0].double() for head in self._feedback_heads
+        }
+
+    def _count(self, pack: PackBatch, name: str) -> int:
+        if name == NEXT_ITEM:
+            return len(pack.columns["target_event"])
+        return int((pack.columns[f"feedback/{name}"] > 0).sum())
+
+
+def _events(pack: PackBatch, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Events:
+    token = torch.arange(len(columns["position"]), device=columns["position"].device)
+    return Events(
+        cu_seqlens=columns["cu_seqlens"],
+        position=columns["position"],
+        timestamp=columns["timestamp"],
+        next_timestamp=columns["next_timestamp"],
+        context_rows=rows["context"],
+        item_rows=rows["item"],
+        feedback_rows=rows["feedback"],
+        next_context_rows=rows["next_context"],
+        next_item_rows=rows["next_item"],
+        randomness=Randomness(key=derive_key(pack.key, "dropout"), token=token),
+    )

@@ -1,0 +1,103 @@
+"""A training run from its configuration: a new one, or the one found in the run directory, continued."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megarec.base.config import flatten, plain
+from megarec.base.errors import UserError
+from megarec.base.files import new_file
+from megarec.checkpoint.load import Checkpoint
+from megarec.checkpoint.manifest import read_pointer
+from megarec.checkpoint.save import CheckpointWriter
+from megarec.data.dataset import open_dataset
+from megarec.parallel.groups import ProcessInfo, start, stop
+from megarec.train import state
+from megarec.train.checkpoint_hook import CheckpointHook, EvaluationHook, Evaluator
+from megarec.train.checks import check_dataset, check_run
+from megarec.train.config import TrainConfig
+from megarec.train.hooks import Hook
+from megarec.train.logging_hook import LoggingHook
+from megarec.train.trainer import Trainer
+
+# What may change when a run goes on: everything else would make it another run.
+CHANGEABLE = ("num_steps", "run_dir", "data", "device", "num_threads", "tensorboard", "log_every_steps")
+CHANGEABLE_SECTIONS = ("evaluate_", "checkpoint.", "layout.", "stream.prefetch_steps")
+
+
+def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> None:
+    """Trains `config` to its last step, from the newest checkpoint in its run directory if there is one. Collective.
+
+    Args:
+        config: the run, equal on every rank.
+        process: what the launcher told this process.
+        evaluator: the periodic evaluation.
+
+    Raises:
+        UserError: the configuration does not fit the dataset, the ranks, or the run found in the run directory.
+    """
+    check_run(config, world=process.world)
+    dataset = open_dataset(config.data)
+    check_dataset(config, dataset)
+    run_dir = Path(config.run_dir)
+    newest = find_run(run_dir, config)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    groups = start(config.layout, process)
+    try:
+        if groups.world.rank == 0:
+            write_config(run_dir, config)
+        writer = CheckpointWriter(
+            run_dir / "checkpoints",
+            rank=groups.world.rank,
+            world_size=groups.world.size,
+            keep_last=config.checkpoint.keep_last,
+        )
+        trainer = Trainer(config, groups, dataset, hooks=_hooks(run_dir, evaluator, writer))
+        if newest is not None:
+            state.restore(newest, trainer)
+        trainer.fit()
+    finally:
+        stop()
+
+
+def find_run(run_dir: Path, config: TrainConfig) -> Checkpoint | None:
+    """The newest checkpoint of the run in `run_dir`, or None for a new run.
+
+    Raises:
+        UserError: the directory holds something else, or a run of another configuration.
+    """
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return None
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError("not empty and not a run", where=str(run_dir), fix="Choose another run_dir")
+    if read_pointer(run_dir / "checkpoints", "latest") is None:
+        return None
+    checkpoint = Checkpoint(run_dir)
+    refuse_other_run(checkpoint.manifest.config, plain(config), where=str(run_dir))
+    return checkpoint
+
+
+def refuse_other_run(saved: dict[str, Any], wanted: dict[str, Any], *, where: str) -> None:
+    """Raises `UserError` when `wanted` is not the configuration a run was `saved` with."""
+    old, new = flatten(saved), flatten(wanted)
+    for key in sorted(old.keys() | new.keys()):
+        if key not in CHANGEABLE and not key.startswith(CHANGEABLE_SECTIONS) and old.get(key) != new.get(key):
+            raise UserError(
+                f"holds a run with {key}={old.get(key)}, not {new.get(key)}",
+                where=where,
+                fix="Choose another run_dir, or continue with the same setting",
+            )
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """Writes the whole configuration as `config.yaml`."""
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with new_file(run_dir / "config.yaml") as staging:
+        staging.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def _hooks(run_dir: Path, evaluator: Evaluator, writer: CheckpointWriter) -> list[Hook]:
+    return [LoggingHook(run_dir), CheckpointHook(writer), EvaluationHook(run_dir, evaluator, writer)]

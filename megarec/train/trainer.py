@@ -1,0 +1,196 @@
+"""The loop over steps and what it is built from; what happens in a step is `step.py`, what happens between, hooks."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarec.base.errors import UserError
+from megarec.data.dataset import Dataset
+from megarec.data.stream import StreamConfig, TrainStream
+from megarec.embedding.config import TableSpec
+from megarec.embedding.tables import TableGroup
+from megarec.models.model import RecModel
+from megarec.models.registry import build_model, train_flops
+from megarec.models.rows import RowMap
+from megarec.models.shape import InputShape, input_shape
+from megarec.optim.dense import DenseOptimizer
+from megarec.optim.schedule import learning_rate
+from megarec.parallel.engine import transformer_config, wrap_ddp
+from megarec.parallel.groups import ParallelGroups
+from megarec.parallel.megatron_parts import megatron_parts
+from megarec.parallel.placement import initialize
+from megarec.train.batches import BatchMaker, PackBatch, PackFeed, StepBatch
+from megarec.train.config import TrainConfig
+from megarec.train.hooks import Hook
+from megarec.train.objective import Objective
+from megarec.train.step import Machinery, StepResult, train_step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_SKIPPED_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one step meant, over all ranks.
+
+    Attributes:
+        num_tokens: living tokens.
+        flops: model arithmetic, forward and backward.
+        waited_seconds: how long this rank waited for its packs.
+    """
+
+    num_tokens: int
+    flops: float
+    waited_seconds: float
+
+
+class Trainer:
+    """A training run on this rank.
+
+    Args:
+        config: the run.
+        groups: who takes part.
+        dataset: what is learned from.
+        hooks: what happens between steps, in order.
+
+    Attributes:
+        step: optimizer steps done.
+        position: where the stream stands after those steps, for the lanes of this rank.
+        shape: what the model reads and predicts.
+        model: the model itself, without its wrapper.
+        machinery: what a step works on.
+        work: of the last step.
+        learning_rate: of the last step.
+    """
+
+    def __init__(self, config: TrainConfig, groups: ParallelGroups, dataset: Dataset, hooks: Sequence[Hook]) -> None:
+        self.config = config
+        self.groups = groups
+        self.dataset = dataset
+        self.step = 0
+        self.work = Work(num_tokens=0, flops=0.0, waited_seconds=0.0)
+        self.learning_rate = 0.0
+        self.shape = input_shape(dataset.fields, config.model)
+        self.model, self.machinery = build_machinery(config, groups, self.shape)
+        lanes = range(groups.data.rank, config.stream.lanes, groups.data.size)
+        self._stream = TrainStream(dataset, stream_config(config), lanes=lanes)
+        self.position: dict[str, Any] = self._stream.state()
+        self._hooks = hooks
+        self._skipped = 0
+
+    def restore_position(self, step: int, position: dict[str, Any]) -> None:
+        """Continues after `step` steps, with the lanes where they stood then."""
+        self.step = step
+        self._stream.restore(position)
+        self.position = self._stream.state()
+
+    def fit(self) -> None:
+        """Trains up to `config.num_steps` steps. Collective."""
+        row_map = RowMap(self.shape, self.machinery.tables.first_row, self.dataset.item_side())
+        maker = BatchMaker(row_map, self.dataset.item_counts(), self.config.objective, seed=self.config.seed)
+        feed = PackFeed(self._stream, maker, depth=self.config.stream.prefetch_steps)
+        try:
+            for hook in self._hooks:
+                hook.start(self)
+            while self.step < self.config.num_steps:
+                result = self._take_step(feed)
+                for hook in self._hooks:
+                    hook.after_step(self, result)
+            for hook in self._hooks:
+                hook.finish(self)
+        finally:
+            feed.close()
+
+    def _take_step(self, feed: PackFeed) -> StepResult:
+        started = time.perf_counter()
+        batch = feed.take()
+        waited = time.perf_counter() - started
+        self.learning_rate = learning_rate(self.step, self.config.optimizer, num_steps=self.config.num_steps)
+        result = train_step(self.machinery, batch, learning_rate=self.learning_rate)
+        self._skipped = 0 if result.updated else self._skipped + 1
+        if self._skipped == MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, the last is {self.step + 1}",
+                where=self.config.run_dir,
+                fix="Lower optimizer.lr, add warm-up, or use precision=fp32",
+            )
+        self.step += 1
+        self.position = batch.position
+        self.work = self._measure(batch, waited)
+        return result
+
+    def _measure(self, batch: StepBatch, waited: float) -> Work:
+        flops = float(sum(self._flops(pack) for pack in batch.packs))
+        tokens = sum(pack.num_tokens for pack in batch.packs) * self.config.model.tokens_per_event
+        totals = torch.tensor([float(tokens), flops], dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(totals, group=self.groups.data.process_group)
+        return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)
+
+    def _flops(self, pack: PackBatch) -> int:
+        num_targets, num_draws = pack.columns["negatives"].shape
+        num_candidates = len(pack.columns["candidate_id"])
+        return train_flops(
+            self.config.model,
+            self.shape,
+            pack.columns["cu_seqlens"].numpy(),
+            num_candidates=num_candidates,
+            num_scores=num_targets * (num_draws + 1 if num_draws else num_candidates),
+        )
+
+
+def build_machinery(
+    config: TrainConfig, groups: ParallelGroups, shape: InputShape, *, dtype: torch.dtype | None = None
+) -> tuple[RecModel, Machinery]:
+    """The model with its starting weights and everything a step works on.
+
+    Args:
+        config: the run.
+        groups: who takes part.
+        shape: what the model reads.
+        dtype: of the dense weights and the tables, instead of what `config.precision` says: fp64 for proofs.
+    """
+    dense_dtype = dtype or DTYPES[config.precision]
+    megatron = transformer_config(
+        config.layout,
+        num_layers=config.model.num_layers,
+        width=config.model.width,
+        num_heads=config.model.block.num_heads,
+        dtype=dense_dtype,
+    )
+    model = build_model(config.model, shape, megatron_parts(groups, megatron))
+    model.to(groups.device)
+    initialize(model, config.seed)
+    ddp = wrap_ddp(groups, model, megatron)
+    tables = TableGroup(
+        [TableSpec(name=name, num_rows=rows) for name, rows in shape.tables.items()],
+        width=config.model.table_width,
+        group=groups.world,
+        seed=config.seed,
+        device=groups.device,
+        dtype=dtype or torch.float32,
+        optimizer=config.tables,
+    )
+    machinery = Machinery(
+        groups=groups,
+        model=ddp,
+        objective=Objective(model, config.objective, shape.feedback_heads, device=groups.device),
+        optimizer=DenseOptimizer(groups, ddp, config.optimizer),
+        tables=tables,
+        clip_norm=config.optimizer.clip_norm,
+        tokens_per_pack=config.stream.tokens_per_pack,
+    )
+    return model, machinery
+
+
+def stream_config(config: TrainConfig) -> StreamConfig:
+    """The stream's settings with what the model decides filled in."""
+    return replace(
+        config.stream,
+        tokens_per_event=config.model.tokens_per_event,
+        keep_last_event=config.model.keep_last_event,
+        seed=config.seed,
+    )
