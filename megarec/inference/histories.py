@@ -1,12 +1,14 @@
 """Histories and the questions asked about them: what every model and every baseline answers."""
 
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from megarec.base.jagged import gather_indices, lengths_to_offsets
 
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
@@ -31,6 +33,31 @@ class Histories:
     fields: dict[str, Array]
     query_time: Int64
     query_fields: dict[str, Array] = field(default_factory=dict)
+
+    def slice(self, first: int, last: int) -> "Histories":
+        """The histories of the users `first` to `last - 1`."""
+        events = slice(int(self.cu_seqlens[first]), int(self.cu_seqlens[last]))
+        return Histories(
+            user=self.user[first:last],
+            cu_seqlens=self.cu_seqlens[first : last + 1] - self.cu_seqlens[first],
+            timestamp=self.timestamp[events],
+            fields={name: column[events] for name, column in self.fields.items()},
+            query_time=self.query_time[first:last],
+            query_fields={name: column[first:last] for name, column in self.query_fields.items()},
+        )
+
+    def newest(self, limit: int) -> "Histories":
+        """The newest `limit` events of each history."""
+        lengths = np.minimum(np.diff(self.cu_seqlens), limit)
+        if int(lengths.sum()) == len(self.timestamp):
+            return self
+        index = gather_indices(self.cu_seqlens[1:] - lengths, lengths)
+        return replace(
+            self,
+            cu_seqlens=lengths_to_offsets(lengths),
+            timestamp=self.timestamp[index],
+            fields={name: column[index] for name, column in self.fields.items()},
+        )
 
     def user_of_event(self) -> Int64:
         """The row of each event's user, `[T]`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarec.base.errors import UserError
 
 UNRANKED = 2**62  # the rank of a target that cannot be found: beyond every cut-off, and 1 / rank is nothing
-MAX_COMPARISONS = 1 << 26
+MAX_COMPARISONS = 1 << 23  # scores compared at one time
 
 
 def hide_items(scores: Tensor, user: Tensor, item: Tensor) -> None:
