@@ -4,6 +4,7 @@ Source: ARGUS (arXiv 2507.15994), figure "pretraining". Widths of the MLPs and t
 1 / sqrt(inputs)) are ours; the paper does not give them.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -91,15 +92,13 @@ class InverseTemperature(nn.Module):
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
-        self.learned = config.learn_temperature
-        start = -torch.tensor(config.temperature, dtype=torch.float64).log()
-        if self.learned:
-            self.log_inverse = whole_parameter((1,), Init(value=float(start)))
-        else:
-            self.register_buffer("log_inverse", start.to(torch.float32).view(1), persistent=False)
+        self.fixed = 1.0 / config.temperature
+        self.log_inverse = whole_parameter((1,), Init(value=math.log(self.fixed))) if config.learn_temperature else None
 
-    def forward(self) -> Tensor:
-        """A scalar, in fp32 or wider."""
+    def forward(self, device: torch.device) -> Tensor:
+        """A scalar on `device`, in fp32 or wider."""
+        if self.log_inverse is None:
+            return torch.full((), self.fixed, dtype=torch.float64, device=device)
         wide = self.log_inverse[0].to(torch.promote_types(self.log_inverse.dtype, torch.float32))
         return wide.exp().clamp(0.01, 100.0)
 

@@ -108,7 +108,7 @@ class RecModel(nn.Module):
 
     def inverse_temperature(self) -> Tensor:
         """What query·item is multiplied by: a scalar."""
-        scale: Tensor = self.temperature()
+        scale: Tensor = self.temperature(next(self.parameters()).device)
         return scale
 
     def _tokens(self, events: Events) -> Tokens:
