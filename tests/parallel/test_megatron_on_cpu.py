@@ -1,0 +1,68 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megarec.parallel.mcore  # noqa: F401
+from megarec.parallel.megatron_on_cpu import install, rewrite
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA nothing is installed")
+
+
+def test_torch_is_left_as_it_is() -> None:
+    assert torch.cuda.current_device.__module__ == "torch.cuda"
+    assert torch.cuda.Stream.__module__.startswith("torch.cuda")
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_no_call_to_cuda_is_left_in_the_modules_in_use() -> None:
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("megatron.core")]
+    assert len(modules) > 50
+    rewritten = 0
+    for module in modules:
+        path = getattr(module, "__file__", None)
+        if not path or not path.endswith(".py"):
+            continue
+        assert type(module.__loader__).__module__ == "megarec.parallel.megatron_on_cpu", path
+        source = Path(path).read_text()
+        text = ast.unparse(rewrite(source, path))
+        rewritten += "torch.cuda." in source
+        code = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+        left = [ast.unparse(node) for node in code if ast.unparse(node).startswith("torch.cuda.")]
+        assert not left, f"{path}: {left}"
+        assert "device='cuda'" not in text, path
+    assert rewritten > 10
+
+
+def test_every_form_is_rewritten_and_lines_are_kept() -> None:
+    source = """# torch.cuda in a comment
+x = torch.zeros(1, device="cuda")
+y = x.cuda(torch.cuda.current_device()).cuda()
+z = y.type() == "torch.cuda.FloatTensor"
+"""
+    tree = rewrite(source, "made_up.py")
+    assert [node.lineno for node in tree.body] == [2, 3, 4]
+    namespace = {"torch": torch}
+    exec(compile(tree, "made_up.py", "exec"), namespace)
+    assert namespace["z"]
+
+
+def test_installing_twice_changes_nothing() -> None:
+    before = list(sys.meta_path)
+    install()
+    assert sys.meta_path == before
+
+
+def test_installing_too_late_is_refused() -> None:
+    code = "import sys; sys.modules['megatron.core'] = sys; import megarec.parallel.megatron_on_cpu as m; m.install()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode and "was imported before" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["megarec.parallel.layout", "megarec.optim.config", "megarec.embedding.config"])
+def test_settings_are_light(module: str) -> None:
+    code = f"import {module}, sys; assert not {{'torch', 'numpy', 'megatron'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
