@@ -28,6 +28,7 @@ class Tile:
     Attributes:
         num_users: histories in the tile.
         length: rows per history.
+        first_token: the token in the first row.
         token: `[num_users * length]` int64, the token in every row.
         real: the rows that are no padding, int64.
         padding: the other rows, int64.
@@ -35,6 +36,7 @@ class Tile:
 
     num_users: int
     length: int
+    first_token: int
     token: Tensor
     real: Tensor
     padding: Tensor
@@ -45,7 +47,9 @@ class Tile:
             yield first, min(first + ROWS_PER_BLOCK, self.length)
 
     def take(self, values_NTH: Tensor) -> Tensor:
-        """The rows of all heads, `[N, T, H]` to `[N * num_users, length, H]`."""
+        """The rows of all heads, `[N, T, H]` to `[N * num_users, length, H]`; a view if the tile is one history."""
+        if self.num_users == 1:
+            return values_NTH[:, self.first_token : self.first_token + self.length]
         heads, _, width = values_NTH.shape
         return values_NTH.index_select(1, self.token).view(heads * self.num_users, self.length, width)
 
@@ -58,10 +62,11 @@ class Tile:
 
     def put(self, rows: Tensor, values_NTH: Tensor) -> None:
         """Writes the real ones of `rows` to their tokens: the way back of `take`."""
+        if self.num_users == 1:
+            values_NTH[:, self.first_token : self.first_token + self.length] = rows
+            return
         heads, _, width = values_NTH.shape
-        rows = rows.view(heads, self.num_users * self.length, width)
-        if len(self.padding):
-            rows = rows.index_select(1, self.real)
+        rows = rows.view(heads, self.num_users * self.length, width).index_select(1, self.real)
         values_NTH.index_copy_(1, self.token[self.real], rows)
 
 
@@ -90,11 +95,14 @@ def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     bounds: list[int] = cu_seqlens.tolist()
     lengths = [last - first for first, last in pairwise(bounds)]
     order = sorted((user for user, length in enumerate(lengths) if length), key=lambda user: -lengths[user])
-    tiles = [_make_tile([(bounds[user], lengths[user]) for user in users]) for users in _group(order, lengths)]
+    tiles = [
+        _make_tile([(bounds[user], lengths[user]) for user in users], cu_seqlens.device)
+        for users in _group(order, lengths)
+    ]
     return TilePlan(
         cu_seqlens=cu_seqlens.clone(),
         max_length=max(lengths, default=0),
-        tiles=tuple(_to_device(tile, cu_seqlens.device) for tile in tiles),
+        tiles=tuple(tiles),
     )
 
 
@@ -116,7 +124,7 @@ def _group(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         yield users
 
 
-def _make_tile(histories: list[tuple[int, int]]) -> Tile:
+def _make_tile(histories: list[tuple[int, int]], device: torch.device) -> Tile:
     starts, lengths = torch.tensor(histories).unsqueeze(2).unbind(1)
     length = int(lengths.max())
     row = torch.arange(length)
@@ -124,21 +132,10 @@ def _make_tile(histories: list[tuple[int, int]]) -> Tile:
     return Tile(
         num_users=len(histories),
         length=length,
-        token=(starts + torch.minimum(row, lengths - 1)).flatten(),
-        real=real.nonzero().squeeze(1),
-        padding=(~real).nonzero().squeeze(1),
-    )
-
-
-def _to_device(tile: Tile, device: torch.device) -> Tile:
-    if device.type == "cpu":
-        return tile
-    return Tile(
-        num_users=tile.num_users,
-        length=tile.length,
-        token=tile.token.to(device),
-        real=tile.real.to(device),
-        padding=tile.padding.to(device),
+        first_token=histories[0][0],
+        token=(starts + torch.minimum(row, lengths - 1)).flatten().to(device),
+        real=real.nonzero().squeeze(1).to(device),
+        padding=(~real).nonzero().squeeze(1).to(device),
     )
 
 
@@ -180,3 +177,8 @@ def heads_first(values_TNH: Tensor) -> Tensor:
     """`[T, N, H]` to contiguous `[N, T, H]` in the dtype sums are kept in: fp32 for bf16."""
     work_dtype = torch.promote_types(values_TNH.dtype, torch.float32)
     return values_TNH.transpose(0, 1).to(work_dtype).contiguous()
+
+
+def tokens_first(values_NTH: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[N, T, H]` to a contiguous copy `[T, N, H]` in `dtype`: the way back of `heads_first`."""
+    return values_NTH.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format)

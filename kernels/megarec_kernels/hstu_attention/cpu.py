@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarec_kernels.tiles import Tile, TilePlan, heads_first
+from megarec_kernels.tiles import Tile, TilePlan, heads_first, tokens_first
 
 SECONDS_PER_BUCKET_LOG = 0.301
 
@@ -94,7 +94,7 @@ class JaggedHSTUAttention(torch.autograd.Function):
                 weights = _forget_future(F.silu(scores, inplace=True))
                 torch.bmm(weights, values[:, :last], out=out[:, first:last])
             tile.put(out, out_NTH)
-        return out_NTH.div_(settings.divisor).transpose(0, 1).to(q.dtype)
+        return tokens_first(out_NTH.div_(settings.divisor), q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -112,7 +112,7 @@ class JaggedHSTUAttention(torch.autograd.Function):
             for grad, grad_NTH in zip(tile_grads, grads_NTH, strict=True):
                 tile.put(grad, grad_NTH)
         grads_NTH[0].mul_(settings.scale)
-        grad_q, grad_k, grad_v = (grad.transpose(0, 1).to(q.dtype) for grad in grads_NTH)
+        grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)
         return grad_q, grad_k, grad_v, *bias.gradients(), None
 
 
@@ -136,11 +136,9 @@ def _tile_backward(
 
 
 def _forget_future(pairs: Tensor) -> Tensor:
-    """Zeroes what a query would give to later keys; only the last square of a block of rows has any."""
-    rows = pairs.shape[1]
-    past = torch.ones(rows, rows, dtype=pairs.dtype, device=pairs.device).tril_()
-    pairs[:, :, -rows:].mul_(past)
-    return pairs
+    """Zeroes what a query would give to later keys; row i of the block is query `keys - rows + i`."""
+    _, rows, keys = pairs.shape
+    return pairs.tril_(keys - rows)
 
 
 class _Bias:

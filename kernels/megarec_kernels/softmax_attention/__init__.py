@@ -18,17 +18,19 @@ def softmax_attention(
     Args:
         q: `[T, N, H]` float64, float32 or bfloat16.
         k: as `q`.
-        v: `[T, N, Hv]`.
+        v: as `q`.
         cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0, ends at or before T.
         scale: the factor of `q . k`, usually `H ** -0.5`.
         plan: `plan_tiles(cu_seqlens)`, made once and shared by all layers of a step.
 
     Returns:
-        `[T, N, Hv]` in the dtype of `q`.
+        `[T, N, H]` in the dtype of `q`.
 
     Raises:
         ValueError: a shape or dtype is wrong; names the argument.
     """
     plan = plan_for(cu_seqlens, plan)
     check_jagged_attention(q, k, v, plan)
+    if v.shape != q.shape:
+        raise ValueError(f"v must have the shape of q, {list(q.shape)}, got {list(v.shape)}")
     return JaggedSoftmaxAttention.apply(q, k, v, scale, plan)

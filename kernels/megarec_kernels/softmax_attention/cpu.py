@@ -1,7 +1,4 @@
-"""Causal softmax attention over jagged histories, tile by tile; its backward computes the scores again.
-
-A block of rows sees all of its keys at once, so the softmax is the plain one and needs no running maximum.
-"""
+"""Causal softmax attention over jagged histories: the flash kernel of torch, tile by tile."""
 
 from typing import Any
 
@@ -9,66 +6,47 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarec_kernels.tiles import Tile, TilePlan, heads_first
+from megarec_kernels.tiles import TilePlan, heads_first, tokens_first
+
+# The two halves of torch's scaled_dot_product_attention on a CPU. Called here by name, because autograd around the
+# public function would add up the gradients of overlapping gathers token by token, or run the forward twice.
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class JaggedSoftmaxAttention(torch.autograd.Function):
-    """Keeps `q`, `k`, `v` for the backward and nothing that grows with the square of a length."""
+    """Keeps `q`, `k`, `v`, the output and one log-sum-exp per row: nothing grows with the square of a length."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (torch hands arguments over by position)
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: TilePlan
     ) -> Tensor:
-        """The outputs of all tiles, `[T, N, Hv]`."""
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.plan = scale, plan
-        q_NTH, k_NTH, v_NTH = heads_first(q) * scale, heads_first(k), heads_first(v)
-        out_NTH = torch.zeros_like(v_NTH)
+        """The outputs of all tiles, `[T, N, H]`."""
+        inputs = heads_first(q), heads_first(k), heads_first(v)
+        out_NTH = torch.zeros_like(inputs[2])
+        log_sums = []
         for tile in plan.tiles:
-            queries, keys, values = tile.take(q_NTH), tile.take(k_NTH), tile.take(v_NTH)
-            out = torch.empty_like(values)
-            for first, last in tile.row_blocks():
-                weights = _weights(queries[:, first:last], keys[:, :last])
-                torch.bmm(weights, values[:, :last], out=out[:, first:last])
-            tile.put(out, out_NTH)
-        return out_NTH.transpose(0, 1).to(q.dtype)
+            rows = [tile.take(values).unsqueeze(1) for values in inputs]
+            out, log_sum = _flash_forward(*rows, 0.0, True, scale=scale)
+            tile.put(out.squeeze(1), out_NTH)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out_NTH, *log_sums)
+        ctx.scale, ctx.plan = scale, plan
+        return tokens_first(out_NTH, q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `q`, `k`, `v`."""
-        q, k, v = ctx.saved_tensors
-        scale, plan = ctx.scale, ctx.plan
-        inputs = heads_first(q) * scale, heads_first(k), heads_first(v)
+        q, k, v, out_NTH, *log_sums = ctx.saved_tensors
+        inputs = heads_first(q), heads_first(k), heads_first(v)
         grad_out_NTH = heads_first(gradients[0])
         grads_NTH = tuple(torch.zeros_like(values) for values in inputs)
-        for tile in plan.tiles:
-            tile_grads = _tile_backward(tile, [tile.take(x) for x in inputs], tile.take_gradient(grad_out_NTH))
+        for tile, log_sum in zip(ctx.plan.tiles, log_sums, strict=True):
+            rows = [tile.take(values).unsqueeze(1) for values in (*inputs, out_NTH)]
+            grad_out = tile.take_gradient(grad_out_NTH).unsqueeze(1)
+            tile_grads = _flash_backward(grad_out, *rows, log_sum, 0.0, True, scale=ctx.scale)
             for grad, grad_NTH in zip(tile_grads, grads_NTH, strict=True):
-                tile.put(grad, grad_NTH)
-        grads_NTH[0].mul_(scale)
-        grad_q, grad_k, grad_v = (grad.transpose(0, 1).to(q.dtype) for grad in grads_NTH)
+                tile.put(grad.squeeze(1), grad_NTH)
+        grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)
         return grad_q, grad_k, grad_v, None, None
-
-
-def _tile_backward(tile: Tile, inputs: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    queries, keys, values = inputs
-    grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for first, last in tile.row_blocks():
-        block, rows = slice(0, last), slice(first, last)
-        weights = _weights(queries[:, rows], keys[:, block])
-        grad_v[:, block].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
-        grad_weights = torch.bmm(grad_out[:, rows], values[:, block].transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        torch.bmm(grad_scores, keys[:, block], out=grad_q[:, rows])
-        grad_k[:, block].baddbmm_(grad_scores.transpose(1, 2), queries[:, rows])
-    return grad_q, grad_k, grad_v
-
-
-def _weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """Softmax of the scores of the last rows of a history, `[M, rows, keys]`; the future is masked."""
-    rows = queries.shape[1]
-    scores = torch.bmm(queries, keys.transpose(1, 2))
-    future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-    scores[:, :, -rows:].masked_fill_(future, float("-inf"))
-    return scores.softmax(dim=-1)
