@@ -79,17 +79,17 @@ class LocalModel:
         self._model.eval()
         self._item_vectors: Tensor | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, histories: Histories, targets: Targets) -> Prediction:
         """Scores of every item `[B, V]` and logits of each target's feedback; every history needs an event."""
         return Prediction(scores=self.scores(histories), feedback=self.feedback_logits(histories, targets))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def scores(self, histories: Histories) -> Tensor:
         """A score for every item id, `[B, V]`: query times item vector times inverse temperature."""
         return self.queries(histories) @ self.item_vectors().T * self._model.inverse_temperature()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def queries(self, histories: Histories) -> Tensor:
         """The vector that asks for each user's next item, `[B, Dq]`."""
         pieces = []
@@ -101,7 +101,7 @@ class LocalModel:
             pieces.append(queries[last])
         return torch.cat(pieces)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def item_vectors(self) -> Tensor:
         """The vector of every item id, `[V, Dq]`; computed once."""
         if self._item_vectors is None:
@@ -113,7 +113,7 @@ class LocalModel:
             self._item_vectors = torch.cat(pieces)
         return self._item_vectors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def feedback_logits(self, histories: Histories, targets: Targets) -> dict[str, Tensor]:
         """Logits `[M, n]` of each target's feedback, given its user's history, its item and its context.
 

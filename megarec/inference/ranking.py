@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarec.base.errors import UserError
 
-UNRANKED = 2**62  # the rank of a target that cannot be found: beyond every cut-off, and 1 / rank is nothing
+UNRANKED = 0  # the rank of a target that cannot be found, as `megarec.metrics.ranking` writes it
 MAX_COMPARISONS = 1 << 23  # scores compared at one time
 
 

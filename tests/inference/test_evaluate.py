@@ -1,0 +1,206 @@
+"""The whole evaluation against a slow twin in plain Python: every rule of the protocol, every metric."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from synthetic import CONFIGS, MAX_EVENTS, NUM_ITEMS, make_model, raw_item, write_world
+
+from megarec.base.errors import UserError
+from megarec.data.dataset import Dataset
+from megarec.data.reader import BlockReader
+from megarec.inference import evaluate as evaluate_module
+from megarec.inference.evaluate import Tally, evaluate, tally
+from megarec.inference.histories import Histories, Prediction, Targets
+from megarec.inference.oracle import read_oracle
+from megarec.inference.protocol import Protocol
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_world(tmp_path_factory.mktemp("world") / "data", num_targets=4)
+
+
+@dataclass
+class Tied:
+    """Few different scores, that depend on the user and the item alone; a feedback logit per target."""
+
+    name: str = "tied"
+
+    def scores_of(self, user: int) -> list[float]:
+        return [float((item * 7 + user * 3) % 4) for item in range(NUM_ITEMS + 1)]
+
+    def predict(self, histories: Histories, targets: Targets) -> Prediction:
+        scores = torch.tensor([self.scores_of(user) for user in histories.user.tolist()])
+        logit = torch.from_numpy(np.sin(targets.fields["item"] + targets.timestamp))[:, None]
+        return Prediction(scores=scores, feedback={"listened": logit})
+
+
+@dataclass
+class User:
+    number: int
+    history: list[int]
+    targets: list[int]
+
+
+def read_users(world: Dataset) -> list[User]:
+    reader, users = BlockReader(world, "eval"), []
+    for number in range(reader.num_blocks):
+        block = reader.read(number)
+        assert block.target_offsets is not None
+        for i, user in enumerate(block.user.tolist()):
+            history = block.columns["item"][block.offsets[i] : block.offsets[i + 1]].tolist()
+            targets = block.target_columns["item"][block.target_offsets[i] : block.target_offsets[i + 1]].tolist()
+            users.append(User(user, history, targets))
+    return [u for u in users if u.history and u.targets]
+
+
+def slow_metrics(users: list[User], protocol: Protocol) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    shown: dict[int, set[int]] = {k: set() for k in protocol.ks}
+    for user in users:
+        scores = Tied().scores_of(user.number)
+        window = user.history[-protocol.max_history_events :]
+        hidden = {"none": set(), "window": set(window), "full": set(user.history)}[protocol.filter_seen]
+        order = sorted((i for i in range(1, NUM_ITEMS + 1) if i not in hidden), key=lambda i: (-scores[i], i))
+        wanted = set(user.targets)
+        ranks = sorted(order.index(i) + 1 for i in wanted if i in order)
+        sums["mrr"] = sums.get("mrr", 0.0) + (1 / ranks[0] if ranks else 0.0)
+        for k in protocol.ks:
+            hits = [r for r in ranks if r <= k]
+            ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(wanted)) + 1))
+            for name, value in (
+                ("hr", float(bool(hits))),
+                ("recall", len(hits) / min(k, len(wanted))),
+                ("ndcg", sum(1 / math.log2(r + 1) for r in hits) / ideal),
+            ):
+                sums[f"{name}@{k}"] = sums.get(f"{name}@{k}", 0.0) + value
+            shown[k] |= set(order[:k])
+    metrics = {name: total / len(users) for name, total in sums.items()}
+    return metrics | {f"coverage@{k}": len(items) / NUM_ITEMS for k, items in shown.items()}
+
+
+@pytest.mark.parametrize("filter_seen", ["none", "window", "full"])
+@pytest.mark.parametrize("window", [3, 512])
+def test_ranking_equals_the_slow_twin(world: Dataset, filter_seen: str, window: int) -> None:
+    protocol = Protocol(filter_seen=filter_seen, max_history_events=window, ks=(1, 5, 10, 20, 200))  # type: ignore[arg-type]
+    users = read_users(world)
+    result = evaluate(Tied(), world, protocol)
+    small = replace(protocol, ks=(1, 5, 10, 20))  # 200 is more than the catalog holds
+    numbers = {name: value for name, value in result.flat().items() if "/" not in name}
+    assert numbers == pytest.approx(slow_metrics(users, small), abs=1e-12)
+    assert result.counts["users"] == len(users)
+    assert result.counts["users_without_history"] == 1
+    assert result.counts["users_without_target"] == 1
+    assert (result.counts["filtered_targets"] > 0) == (filter_seen != "none")
+    estimate = result.ranking["hr@10"]
+    assert estimate.standard_error == pytest.approx(math.sqrt(estimate.value * (1 - estimate.value) / (len(users) - 1)))
+
+
+def test_batches_and_readers_change_nothing(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(Tied(), world, Protocol())
+    monkeypatch.setattr(evaluate_module, "MAX_SCORES", 3 * (NUM_ITEMS + 1))
+    assert evaluate(Tied(), world, Protocol()).flat() == pytest.approx(whole.flat(), rel=1e-12)
+    joined = Tally()
+    for rank in range(3):
+        joined.join(tally(Tied(), world, Protocol(), rank=rank, world=3))
+    assert joined.result("tied", world, Protocol()) == replace(
+        whole, ranking=joined.result("", world, Protocol()).ranking
+    )
+    assert evaluate(Tied(), world, Protocol(), max_users=5).counts["users"] == 5
+
+
+def test_feedback_is_measured_where_it_is_known(world: Dataset) -> None:
+    reader, outcome, score, owner = BlockReader(world, "eval"), [], [], []
+    for number in range(reader.num_blocks):
+        block = reader.read(number)
+        assert block.target_offsets is not None
+        columns = block.target_columns
+        owner += np.repeat(block.user, np.diff(block.target_offsets)).tolist()
+        outcome += columns["listened"].tolist()
+        score += np.sin(columns["item"] + columns["timestamp"]).tolist()
+    rows = [(o, s) for o, s, u in zip(outcome, score, owner, strict=True) if o and u > 1]
+    pairs = [(s, t) for o, s in rows if o == 2 for p, t in rows if p == 1]
+    auc = sum(1.0 if s > t else 0.5 if s == t else 0.0 for s, t in pairs) / len(pairs)
+    measures = evaluate(Tied(), world, Protocol()).feedback["listened"]
+    assert measures["auc"] == pytest.approx(auc)
+    assert measures["count"] == len(rows)
+    share = sum(o == 2 for o, _ in rows) / len(rows)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    loss = sum(math.log1p(math.exp(-s if o == 2 else s)) for o, s in rows) / len(rows)
+    assert measures["normalized_entropy"] == pytest.approx(loss / entropy)
+    assert measures["calibration"] == pytest.approx(sum(1 / (1 + math.exp(-s)) for _, s in rows) / len(rows) / share)
+
+
+@dataclass
+class Watcher:
+    """Notes what it is asked."""
+
+    name: str = "watcher"
+    asked: Histories | None = None
+
+    def predict(self, histories: Histories, targets: Targets) -> Prediction:
+        self.asked = histories
+        return Prediction(scores=torch.zeros(len(histories.user), NUM_ITEMS + 1))
+
+
+def test_the_question_holds_what_the_protocol_says_and_no_feedback(world: Dataset) -> None:
+    watcher = Watcher()
+    evaluate(watcher, world, Protocol())
+    assert watcher.asked is not None and list(watcher.asked.query_fields) == ["device"]
+    last = watcher.asked.timestamp[watcher.asked.cu_seqlens[1:] - 1]
+    assert (watcher.asked.query_time > last).all()
+    evaluate(watcher, world, Protocol(query_time="last_event", query_context="missing"))
+    assert watcher.asked.query_fields == {}
+    assert np.array_equal(watcher.asked.query_time, watcher.asked.timestamp[watcher.asked.cu_seqlens[1:] - 1])
+
+
+def test_a_model_is_measured(world: Dataset) -> None:
+    result = evaluate(make_model(CONFIGS["hstu"], world), world, Protocol(max_history_events=MAX_EVENTS))
+    assert set(result.feedback) == {"listened", "ratio"}
+    assert "auc" not in result.feedback["ratio"] and result.feedback["ratio"]["normalized_entropy"] > 0
+    assert 0 <= result.ranking["ndcg@10"].value <= 1
+
+
+def test_nobody_to_measure_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no user"):
+        evaluate(Tied(), write_world(tmp_path / "data", num_users=2), Protocol())
+
+
+def write_oracle(path: Path, dataset: Dataset, *, late: int = 0) -> dict[int, int]:
+    """Gives every target probability 0.5, the item after it 0.3, an unknown item 0.2; returns the targets."""
+    reader, rows, targets = BlockReader(dataset, "eval"), [], {}
+    for number in range(reader.num_blocks):
+        block = reader.read(number)
+        for user, item, time in zip(
+            block.user[np.diff(block.target_offsets) > 0],  # type: ignore[arg-type]
+            block.target_columns["item"].tolist(),
+            block.target_columns["timestamp"].tolist(),
+            strict=True,
+        ):
+            targets[int(user)] = item
+            items = [raw_item(item), raw_item(1 + item % NUM_ITEMS), 5]
+            rows.append((f"u{user}", time + late, items, [0.5, 0.3, 0.2], 0.25))
+    columns = ["uid", "timestamp", "item_ids", "probabilities", "p_listened"]
+    pl.DataFrame(rows, schema=columns, orient="row").write_parquet(path)
+    return targets
+
+
+def test_the_oracle_ranks_by_the_truth(tmp_path: Path) -> None:
+    dataset = write_world(tmp_path / "data")
+    write_oracle(tmp_path / "oracle.parquet", dataset)
+    result = evaluate(read_oracle(tmp_path / "oracle.parquet", dataset), dataset, Protocol())
+    assert result.ranking["hr@1"].value == 1.0
+    assert result.counts["users"] == 22
+    write_oracle(tmp_path / "late.parquet", dataset, late=1)
+    with pytest.raises(UserError, match="other times"):
+        evaluate(read_oracle(tmp_path / "late.parquet", dataset), dataset, Protocol())
+    with pytest.raises(UserError, match="not an oracle's file"):
+        read_oracle(dataset.path / "dataset.json", dataset)
+    many = write_world(tmp_path / "many", num_targets=2)
+    with pytest.raises(UserError, match="last event only"):
+        evaluate(read_oracle(tmp_path / "oracle.parquet", many), many, Protocol())
