@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
+from test_model_twins import CASES, make_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from megarec.layers.config import HeadsConfig, HstuBlockConfig
+from megarec.models.argus.config import ArgusConfig
+from megarec.models.hstu.config import HstuConfig
+from megarec.models.registry import train_flops
+
+
+def test_argus_by_hand() -> None:
+    config = ArgusConfig(
+        width=8,
+        table_width=4,
+        num_layers=3,
+        heads=HeadsConfig(query_width=5, hidden_width=6),
+        feedback_heads=("ratio",),
+    )
+    shape = shape_for(config)
+    # histories of 2 and 3 events: 5 tokens; 3 + 6 pairs
+    block = 5 * 8 * (3 * 8 + 8 + 32 + 32) + 9 * (8 + 8)
+    input_map = 5 * 4 * 8
+    query = 5 * ((8 + 4) * 6 + 6 * 5)
+    items, scores = 7 * 4 * 5, 35 * 5
+    feedback = 5 * ((8 + 4 + 4) * 6 + 6 * 5)
+    expected = 6 * (3 * block + input_map + query + items + scores + feedback)
+    assert train_flops(config, shape, np.array([0, 2, 2, 5]), num_candidates=7, num_scores=35) == expected
+
+
+def test_hstu_by_hand() -> None:
+    config = HstuConfig(
+        width=8,
+        table_width=8,
+        num_layers=2,
+        token_layout="item_action",
+        block=HstuBlockConfig(num_heads=2, qk_head_width=3, v_head_width=4, concat="u_and_norm"),
+        heads=HeadsConfig(query_context=False, query_width=8, item_tower="none"),
+        feedback_heads=(),
+    )
+    # histories of 2 and 3 events are 4 and 6 tokens; 10 + 21 pairs
+    block = 10 * 8 * (2 * 2 * (3 + 4)) + 10 * (3 * 2 * 4) * 8 + 31 * 2 * (3 + 4)
+    expected = 6 * (2 * block + 11 * 8)
+    assert train_flops(config, shape_for(config), np.array([0, 2, 5]), num_candidates=9, num_scores=11) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["argus", "hstu", "argus_item_mlp", "hstu_item_action", "hstu_u_and_norm", "hstu_one_head"]
+)
+def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, log = CASES[name], SmallLog()
+    shape = shape_for(config)
+    model, lookup = make_model(config, shape), make_lookup(make_table(shape, config))
+    for path in ("megarec.layers.transformer_block.softmax_attention", "megarec.layers.hstu_block.hstu_attention"):
+        monkeypatch.setattr(path, lambda q, k, v, *_, **__: v)
+    events = lay_out(log, shape, config, dead=0).events
+    with FlopCounterMode(display=False) as counter:
+        states = model.encode(events, lookup)
+        query = model.next_item_query(states, events, lookup)
+        model.feedback_logits(states, events, lookup)
+        tower = events.item_rows if shape.item == shape.item_tower else events.item_rows[:, :1]
+        _ = query @ model.item_vectors(tower, lookup).T
+    num_events = len(events.position)
+    total = train_flops(config, shape, events.cu_seqlens.numpy(), num_candidates=num_events, num_scores=num_events**2)
+    pairs = [n * (n + 1) // 2 for n in np.diff(events.cu_seqlens.numpy()) * config.tokens_per_event]
+    channels = 24 if config.name == "argus" else 2 * (3 + 5)
+    attention = 6 * config.num_layers * sum(pairs) * channels
+    assert total - attention == 3 * counter.get_total_flops()
