@@ -7,9 +7,9 @@ import numpy as np
 from megarec_tools.make_log.config import MAX_RAW_ID, MakeLogConfig
 from megarec_tools.make_log.draws import Draws, Floats, Ints
 
-MIN_ITEMS_PER_ARTIST = 4
-MAX_ITEMS_PER_ARTIST = 20
-ITEMS_PER_ALBUM = 10
+MIN_ITEMS_PER_ARTIST = 3
+MAX_ITEMS_PER_ARTIST = 9
+ITEMS_PER_ALBUM = 5
 GENRE_EXPONENT = 0.5  # genres differ in size, the largest having about 1/8 of 16 genres' artists
 ARTIST_SHARE = 0.6  # of the variance of an item's rank score that its artist explains
 QUALITY_DEVIATION = 0.7  # in units of the listening logit; gives item rates their AUC of about .62

@@ -43,10 +43,12 @@ class Heads:
     """The items that can be among the best for some user by popularity, taste and mood alone.
 
     Within a genre those three ways rank items by popularity, so the first `TOP` of each genre are enough; any other
-    item gets there only through a memory slot. `place` is an item's column among `item`, or `EMPTY`.
+    item gets there only through a memory slot. `item` is in the catalogue's order, so by genre; `place` is an item's
+    index in `item` or `EMPTY`.
     """
 
     item: Ints
+    num_by_genre: Ints
     place: Ints
 
 
@@ -57,7 +59,7 @@ def find_heads(catalog: Catalog) -> Heads:
     item = np.sort(order[rank_in_genre < TOP])
     place = np.full(catalog.num_items, EMPTY)
     place[item] = np.arange(len(item))
-    return Heads(item=item, place=place)
+    return Heads(item=item, num_by_genre=np.minimum(np.diff(catalog.genre_first), TOP), place=place)
 
 
 def best_items(catalog: Catalog, heads: Heads, state: State) -> tuple[Ints, Floats]:
@@ -68,25 +70,25 @@ def best_items(catalog: Catalog, heads: Heads, state: State) -> tuple[Ints, Floa
     """
     scale = _scale_by_genre(catalog, state)
     user, item, extra = _by_memory(catalog, state)
-    users = np.arange(len(state.mood))
-    inside = heads.place[item] != EMPTY
-    outside = np.flatnonzero(~inside)
-    column = np.arange(len(outside)) - np.searchsorted(user[outside], user[outside])
-    width = len(heads.item) + int(column.max(initial=-1)) + 1
+    place = heads.place[item]
+    outside = np.flatnonzero(place == EMPTY)
+    place[outside] = len(heads.item) + np.arange(len(outside)) - np.searchsorted(user[outside], user[outside])
 
-    p = np.full((len(users), width), -1.0)  # unused columns never reach the top
-    items = np.zeros((len(users), width), dtype=np.int64)
-    p[:, : len(heads.item)] = catalog.popularity[heads.item] * scale[:, catalog.genre[heads.item]]
-    items[:, : len(heads.item)] = heads.item
-    p[user[inside], heads.place[item[inside]]] += extra[inside]
-    at = (user[outside], len(heads.item) + column)
-    beyond = item[outside]
-    p[at] = catalog.popularity[beyond] * scale[user[outside], catalog.genre[beyond]] + extra[outside]
-    items[at] = beyond
+    # One column per head, then what each user remembers beyond them; unused columns never reach the top.
+    p = np.full((len(scale), max(len(heads.item), int(place.max(initial=-1)) + 1)), -1.0)
+    p[:, : len(heads.item)] = catalog.popularity[heads.item] * np.repeat(scale, heads.num_by_genre, axis=1)
+    p[user[outside], place[outside]] = (
+        catalog.popularity[item[outside]] * scale[user[outside], catalog.genre[item[outside]]]
+    )
+    p[user, place] += extra
+    beyond = np.zeros((len(p), p.shape[1] - len(heads.item) + 1), dtype=np.int64)
+    beyond[user[outside], place[outside] - len(heads.item)] = item[outside]
 
     top = min(TOP, catalog.num_items)
-    chosen = np.argpartition(-p, top - 1, axis=1)[:, :top]
-    p, items = np.take_along_axis(p, chosen, axis=1), np.take_along_axis(items, chosen, axis=1)
+    chosen = np.argpartition(p, p.shape[1] - top, axis=1)[:, -top:]
+    p = np.take_along_axis(p, chosen, axis=1)
+    of_beyond = np.take_along_axis(beyond, (chosen - len(heads.item)).clip(0), axis=1)
+    items = np.where(chosen < len(heads.item), heads.item[np.minimum(chosen, len(heads.item) - 1)], of_beyond)
     order = np.lexsort([catalog.raw_item[items], -p], axis=1)
     return np.take_along_axis(items, order, axis=1), np.take_along_axis(p, order, axis=1)
 
