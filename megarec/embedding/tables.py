@@ -1,6 +1,6 @@
 """Tables of one width as one matrix, its rows dealt out over the ranks, with their optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class TableGroup:
         first_row: the number in the matrix of each table's row 0.
         num_rows: rows of all tables.
         width: E.
-        step: the number of updates done.
+        step: the number of updates done; a checkpoint restores it.
     """
 
     def __init__(
@@ -163,34 +163,11 @@ class TableGroup:
     def state_pieces(self) -> dict[str, Tensor]:
         """This rank's rows and their optimizer state: row `i` of a piece is row `i * world + rank` of the matrix.
 
-        `values` `[local rows, E]`, the state by its names, and `step`, a scalar. Not copies.
+        `values` `[local rows, E]` and the state by its names. Not copies: a checkpoint is loaded by filling them, and
+        `step`, on a table of any number of ranks.
         """
-        local = self._num_local_rows
-        pieces = {name: tensor[:local] for name, tensor in self._tensors().items()}
-        return {**pieces, "step": torch.tensor(self.step)}
-
-    @torch.no_grad()
-    def load_state_piece(self, piece: Mapping[str, Tensor], *, rank: int, world: int) -> None:
-        """Takes over, of the piece that `rank` of `world` ranks saved, the rows that belong to this rank.
-
-        Once it was called for every piece of the saved job, in any order, the state is whole.
-
-        Raises:
-            KeyError: the piece lacks a tensor.
-        """
-        self.step = int(piece["step"])
-        saved = torch.arange(piece["values"].shape[0], device=self._values.device) * world + rank
-        mine = (saved % self._world == self._rank).nonzero().squeeze(1)
-        local = saved[mine] // self._world
-        for name, tensor in self._tensors().items():
-            tensor.index_copy_(0, local, piece[name].to(tensor.device)[mine].to(tensor.dtype))
-
-    @property
-    def _num_local_rows(self) -> int:
-        return -(-(self.num_rows - self._rank) // self._world)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"values": self._values, **self._state}
+        local = -(-(self.num_rows - self._rank) // self._world)
+        return {name: tensor[:local] for name, tensor in {"values": self._values, **self._state}.items()}
 
     def _addresses(self, rows: Tensor) -> Tensor:
         if self._world == 1:

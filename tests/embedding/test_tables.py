@@ -46,13 +46,12 @@ def requests_of(step: int) -> list[tuple[Tensor, Tensor]]:
     return packs
 
 
-def train(groups: ParallelGroups | None, kind: str) -> tuple[TableGroup, list[float]]:
-    """Every rank takes its packs; with more than two ranks the last one asks for nothing."""
-    tables = make(groups, kind)
+def run_steps(tables: TableGroup, groups: ParallelGroups | None, steps: range) -> list[float]:
+    """Every rank takes its packs; with more than two ranks the last one asks for nothing. Gradient norms."""
     rank, world = (groups.world.rank, groups.world.size) if groups else (0, 1)
     active = world if world <= 2 else world - 1
     norms = []
-    for step in range(STEPS):
+    for step in steps:
         mine = requests_of(step)[rank::active] if rank < active else []
         flat = torch.cat([rows.reshape(-1) for rows, _ in mine]) if mine else torch.empty(0, dtype=torch.int64)
         fetched = tables.fetch(flat)
@@ -66,7 +65,12 @@ def train(groups: ParallelGroups | None, kind: str) -> tuple[TableGroup, list[fl
         owned = tables.collect_gradients(fetched)
         norms.append(tables.square_norm(owned).item())
         tables.update(owned, lr=0.05, scale=0.7)
-    return tables, norms
+    return norms
+
+
+def train(groups: ParallelGroups | None, kind: str, steps: range = range(STEPS)) -> tuple[TableGroup, list[float]]:
+    tables = make(groups, kind)
+    return tables, run_steps(tables, groups, steps)
 
 
 def job(process: ProcessInfo, kind: str):
@@ -127,26 +131,31 @@ def test_any_number_of_ranks_is_the_same(kind: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_of_three_ranks_load_into_any_other_number(kind: str) -> None:
-    saved = [pieces for _, _, pieces in run_ranks(job, 3, kind)]
-    one = make(None, kind)
-    for rank in (2, 0, 1):
-        one.load_state_piece(saved[rank], rank=rank, world=3)
-    trained, _ = train(None, kind)
-    assert one.step == STEPS
-    for name, tensor in trained.state_pieces().items():
-        torch.testing.assert_close(one.state_pieces()[name], tensor, rtol=0, atol=1e-12, msg=name)
+def test_pieces_are_every_nth_row_of_the_one_matrix(kind: str) -> None:
+    whole, _ = train(None, kind)
+    for world in (2, 3):
+        for rank, (_, _, pieces) in enumerate(run_ranks(job, world, kind)):
+            assert pieces.keys() == whole.state_pieces().keys()
+            for name, tensor in whole.state_pieces().items():
+                torch.testing.assert_close(pieces[name], tensor[rank::world], rtol=0, atol=1e-12, msg=name)
 
-    def reload(process: ProcessInfo) -> dict[str, Tensor]:
-        tables = make(start(LayoutConfig(), process), kind)
-        for rank, piece in enumerate(saved):
-            tables.load_state_piece(piece, rank=rank, world=3)
-        return tables.state_pieces()
 
-    for rank, pieces in enumerate(run_ranks(reload, 2)):
-        for name, tensor in one.state_pieces().items():
-            want = tensor if tensor.dim() == 0 else tensor[rank::2]
-            assert torch.equal(pieces[name], want), name
+def resume(process: ProcessInfo, kind: str) -> None:
+    """Fills fresh tables from the pieces of one rank after two steps and goes on."""
+    groups = start(LayoutConfig(), process)
+    done, _ = train(None, kind, steps=range(2))
+    tables = make(groups, kind)
+    for name, piece in tables.state_pieces().items():
+        piece.copy_(done.state_pieces()[name][groups.world.rank :: groups.world.size])
+    tables.step = done.step
+    run_steps(tables, groups, range(2, STEPS))
+    want, _ = train(None, kind)
+    torch.testing.assert_close(tables.whole("item"), want.whole("item"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filled_pieces_continue_on_another_number_of_ranks(kind: str) -> None:
+    run_ranks(resume, 3, kind)
 
 
 def test_first_values_do_not_depend_on_the_order_of_tables() -> None:
