@@ -22,8 +22,8 @@ class Mlp(nn.Module):
 
     def __init__(self, in_width: int, hidden_width: int, out_width: int, *, parts: Parts) -> None:
         super().__init__()
-        self.hidden = fan_in_linear(parts.linear, in_width, hidden_width)
-        self.out = fan_in_linear(parts.linear, hidden_width, out_width)
+        self.hidden = _linear(parts.linear, in_width, hidden_width)
+        self.out = _linear(parts.linear, hidden_width, out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_width]` to `[*, out_width]`."""
@@ -56,7 +56,7 @@ class ItemTower(nn.Module):
         self.normalize = config.normalize
         self.map: nn.Module | None = None
         if config.item_tower == "linear":
-            self.map = fan_in_linear(parts.linear, table_width, config.query_width)
+            self.map = _linear(parts.linear, table_width, config.query_width)
         elif config.item_tower == "mlp":
             self.map = Mlp(table_width, config.hidden_width, config.query_width, parts=parts)
 
@@ -103,6 +103,6 @@ class InverseTemperature(nn.Module):
         return wide.exp().clamp(0.01, 100.0)
 
 
-def fan_in_linear(make: MakeLinear, in_width: int, out_width: int) -> nn.Module:
+def _linear(make: MakeLinear, in_width: int, out_width: int) -> nn.Module:
     """A linear map with bias that keeps the size of its input: std 1 / sqrt(in_width)."""
     return make(in_width, out_width, bias=True, std=in_width**-0.5)

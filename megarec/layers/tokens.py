@@ -67,7 +67,5 @@ def next_event(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Row t of `[T, D]` becomes row t + 1 where both are of one history, else zero."""
     following = torch.cat([x[1:], torch.zeros_like(x[:1])])
     index = torch.arange(1, x.shape[0] + 1, device=x.device)
-    history = torch.searchsorted(cu_seqlens[1:], index, right=True)  # of row t + 1; empty histories are skipped
-    own = torch.searchsorted(cu_seqlens[1:], index - 1, right=True)
-    live = index < cu_seqlens[-1]
-    return following * (live & (history == own)).unsqueeze(1)
+    same_history = (index < cu_seqlens[-1]) & ~torch.isin(index, cu_seqlens)
+    return following * same_history.unsqueeze(1)

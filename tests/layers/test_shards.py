@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megarec_kernels.hstu_attention.cpu import bucket_times
 from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig, TransformerBlockConfig
@@ -111,3 +113,13 @@ def test_hstu_block(concat: str) -> None:
         lambda parts: HstuBlock(config, width=12, layer=0, max_tokens=20, dropout=0.0, parts=parts),
         {"uvqk.weight": 0, "uvqk.bias": 0, "out.weight": 1},
     )
+
+
+def test_what_heads_share_enters_their_region() -> None:
+    entered: list[int] = []
+    parts = replace(local_parts(), enter_heads=lambda x: entered.append(len(x)) or x)  # type: ignore[func-returns-value]
+    config = HstuBlockConfig(num_heads=2, v_head_width=5, num_time_buckets=7, output_norm="per_head", norm_affine=True)
+    block = HstuBlock(config, width=12, layer=0, max_tokens=20, dropout=0.0, parts=parts)
+    buckets = bucket_times(TOKENS.plan, TOKENS.timestamp, TOKENS.query_timestamp, num_buckets=7)
+    block(torch.zeros(15, 12), replace(TOKENS, time_buckets=buckets))
+    assert sorted(entered) == [5, 5, 8, 20]  # scale and shift of the norm, time bias, position bias

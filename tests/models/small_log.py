@@ -92,9 +92,8 @@ class Laid:
 
 def lay_out(log: SmallLog, shape: InputShape, config: SequenceConfig, *, dead: int = 3, garbage: int = -1) -> Laid:
     """Packs all users; `dead` rows at the end hold row number `garbage` everywhere."""
-    parts: dict[str, list[list[int]]] = {
-        part: [] for part in ("context", "item", "feedback", "next_context", "next_item")
-    }
+    roles = {"context": shape.context, "item": shape.item, "feedback": shape.feedback}
+    parts: dict[str, list[list[int]]] = {part: [] for part in (*roles, "next_context", "next_item")}
     cu_seqlens, position, time, next_time = [0], [], [], []
     asked = []
     for user, length in enumerate(log.lengths):
@@ -102,7 +101,7 @@ def lay_out(log: SmallLog, shape: InputShape, config: SequenceConfig, *, dead: i
             has_next = event + 1 < length
             if has_next:
                 asked.append((len(position), user, event))
-            for part, slots in (("context", shape.context), ("item", shape.item), ("feedback", shape.feedback)):
+            for part, slots in roles.items():
                 parts[part].append(_all_rows(log, slots, user, event, shape))
                 if part != "feedback":
                     empty = [-1] * sum(f.slots for f in slots)
@@ -111,10 +110,8 @@ def lay_out(log: SmallLog, shape: InputShape, config: SequenceConfig, *, dead: i
             time.append(int(log.time[user][event]))
             next_time.append(int(log.time[user][event + 1 if has_next else event]))
         cu_seqlens.append(len(position))
-    for part, slots in (("context", shape.context), ("item", shape.item), ("feedback", shape.feedback)):
-        parts[part] += [[garbage] * sum(f.slots for f in slots)] * dead
-        if part != "feedback":
-            parts[f"next_{part}"] += [[garbage] * sum(f.slots for f in slots)] * dead
+    for part, values in parts.items():
+        values += [[garbage] * sum(f.slots for f in roles[part.removeprefix("next_")])] * dead
     num = len(position) + dead
     rows = {f"{part}_rows": torch.tensor(values, dtype=torch.int64).view(num, -1) for part, values in parts.items()}
     events = Events(
