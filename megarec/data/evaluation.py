@@ -21,7 +21,8 @@ class EvaluationBatch:
         cu_seqlens: where each history begins in the T events, `[B + 1]`.
         position: the event's place in its window, from 0, `[T]`.
         timestamp: in seconds, `[T]`; 0 without timestamps.
-        fields: ids of the item and of each context and feedback field of the newest events of each history, `[T]` or `[T, slots]`.
+        fields: ids of the item and of each context and feedback field, of the newest events of each history, `[T]` or
+            `[T, slots]`.
         query_time: when the question is asked, in seconds, `[B]`.
         target_offsets: where each user's targets begin, `[B + 1]`.
         target_fields: ids of each field of the targets, `[M]` or `[M, slots]`, in time order.

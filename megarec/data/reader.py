@@ -85,8 +85,9 @@ class BlockReader:
             raise UserError(f"the block lacks the column {missing[0]!r}", where=where)
         for name, info in fields.items():
             _check_ids(columns[name], info, where=where)
-        none = np.zeros(len(columns["item"]), dtype=np.int64)
-        return {name: columns[name] for name in fields} | {"timestamp": columns.get("timestamp", none)}
+        timed = self._dataset.has_timestamps
+        timestamp = columns["timestamp"] if timed else np.zeros(len(columns["item"]), dtype=np.int64)
+        return {name: columns[name] for name in fields} | {"timestamp": timestamp}
 
 
 def _check_ids(ids: Array, info: FieldInfo, *, where: str) -> None:
