@@ -208,15 +208,18 @@ def ask(
         fields={name: column[rows] for name, column in batch.target_fields.items()},
     )
     cu_seqlens, timestamp = lengths_to_offsets(lengths), batch.timestamp[events]
-    first = targets.offsets[:-1]
-    asked = context if protocol.query_context == "target" else ()
+    query_fields = {
+        "target": {name: targets.fields[name][targets.offsets[:-1]] for name in context},
+        "last_event": {name: batch.fields[name][events][cu_seqlens[1:] - 1] for name in context},
+        "missing": {},
+    }[protocol.query_context]
     histories = Histories(
         user=batch.user[users],
         cu_seqlens=cu_seqlens,
         timestamp=timestamp,
         fields={name: column[events] for name, column in batch.fields.items()},
         query_time=batch.query_time[users] if protocol.query_time == "dataset" else timestamp[cu_seqlens[1:] - 1],
-        query_fields={name: targets.fields[name][first] for name in asked},
+        query_fields=query_fields,
     )
     return histories, targets
 

@@ -21,8 +21,8 @@ class Protocol:
         query_time: the time at which the question is asked: `dataset` is the one the split stored (the target's
             own time when the last event is left out, the cut when the log was split by time), `last_event` that
             of the newest known event.
-        query_context: the context fields of the question: `target` takes them from the first target (context is
-            known before the choice), `missing` leaves them out.
+        query_context: the context fields of the question: those of the first `target` (context is known before the
+            choice), those of the `last_event`, or `missing`.
         ks: cut-offs of the ranking metrics, in items.
     """
 
@@ -30,7 +30,7 @@ class Protocol:
     max_history_events: int = 512
     filter_seen: Literal["none", "window", "full"] = "none"
     query_time: Literal["dataset", "last_event"] = "dataset"
-    query_context: Literal["target", "missing"] = "target"
+    query_context: Literal["target", "last_event", "missing"] = "target"
     ks: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
 
     def __post_init__(self) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from megarec.base.jagged import lengths_to_offsets
 from megarec.data.block import Block
-from megarec.inference import baselines
-from megarec.inference.baselines import BaselineConfig, ItemNeighbours, Popularity, TrainEvents, Transitions
-from megarec.inference.feedback_baselines import FeedbackRates, count_feedback
+from megarec.inference.baselines import next_item
+from megarec.inference.baselines.config import BaselineConfig
+from megarec.inference.baselines.feedback import FeedbackRates, count_feedback
+from megarec.inference.baselines.next_item import ItemNeighbours, Popularity, TrainEvents, Transitions
 from megarec.inference.histories import Histories, Targets
 
 NUM_ITEMS = 23
@@ -85,7 +86,7 @@ def test_popularity(events: TrainEvents) -> None:
 
 @pytest.mark.parametrize("cells", [1 << 25, 60])
 def test_item_neighbours(events: TrainEvents, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "MAX_CELLS", cells)
+    monkeypatch.setattr(next_item, "MAX_CELLS", cells)
     config = BaselineConfig(num_neighbours=4, max_user_items=9)
     users: dict[int, set[int]] = {i: set() for i in range(NUM_ITEMS)}
     for user, log in enumerate(TRAIN):

@@ -14,9 +14,9 @@ from megarec.base.errors import UserError
 from megarec.data.dataset import Dataset
 from megarec.data.reader import BlockReader
 from megarec.inference import evaluate as evaluate_module
+from megarec.inference.baselines.oracle import read_oracle
 from megarec.inference.evaluate import Tally, evaluate, tally
 from megarec.inference.histories import Histories, Prediction, Targets
-from megarec.inference.oracle import read_oracle
 from megarec.inference.protocol import Protocol
 
 

@@ -14,31 +14,13 @@ from torch import Tensor
 
 from megarec.base.jagged import gather_indices
 from megarec.data.block import Block
+from megarec.inference.baselines.config import BaselineConfig
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.ranking import top_items
 
 Int64 = npt.NDArray[np.int64]
 DAY_SECONDS = 86_400
 MAX_CELLS = 1 << 25  # of a dense piece of the item-item matrix
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
-    """Settings of the baselines.
-
-    Attributes:
-        half_life_days: DecayPop: an event this old counts one half.
-        num_neighbours: ItemKNN: neighbours kept for each item.
-        max_user_items: ItemKNN: the newest distinct items of a user that count.
-        prior_events: Markov: popularity weighs as much as this many transitions.
-        prior_feedback: feedback rates: the overall rate weighs as much as this many events.
-    """
-
-    half_life_days: float = 7.0
-    num_neighbours: int = 100
-    max_user_items: int = 1000
-    prior_events: float = 1.0
-    prior_feedback: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +46,7 @@ class TrainEvents:
         for block in blocks:
             lengths.append(np.diff(block.offsets))
             items.append(block.columns["item"].astype(np.int32))
-            times.append(block.columns["timestamp"].astype(np.int64))
+            times.append(block.columns.get("timestamp", np.zeros(len(items[-1]), np.int64)).astype(np.int64))
         empty = [np.zeros(0, np.int64)]
         return cls(
             offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths or empty))]).astype(np.int64),

@@ -9,7 +9,7 @@ import torch
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import Dataset
-from megarec.inference.feedback_baselines import to_logits
+from megarec.inference.baselines.feedback import to_logits
 from megarec.inference.histories import Histories, Int64, Prediction, Targets
 
 COLUMNS = ["uid", "timestamp", "item_ids", "probabilities", "p_listened"]
