@@ -62,6 +62,8 @@ class RowMap:
         start = 0
         for field in slots:
             ids = columns[field.name].reshape(num_rows, field.slots)
-            rows[:, start : start + field.slots] = np.where(ids < 0, -1, ids.astype(np.int64) + self._first_row[field.name])
+            rows[:, start : start + field.slots] = np.where(
+                ids < 0, -1, ids.astype(np.int64) + self._first_row[field.name]
+            )
             start += field.slots
         return rows
