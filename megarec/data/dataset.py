@@ -19,9 +19,10 @@ from megarec.base.progress import track
 from megarec.data.schema import FieldKind, Schema
 
 FORMAT = "megarec-dataset-1"
-SPLITS = ("train", "eval")
 
 Split = Literal["train", "eval"]
+
+SPLITS: tuple[Split, Split] = ("train", "eval")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ class Schema:
         fields: what else to read, by the name the field has from here on.
         keep: rows to read: those whose column holds one of the values. Others are counted, not rejected.
         optional_columns: columns of `fields` and `keep` that a log may lack; it then has no such field or filter.
+        text_columns: columns of ids that are text even where they look like integers.
         file_format: of files whose suffix does not say it.
         delimiter: between the values of a line; by default a comma in `csv`, a tab in `tsv`.
         quoted: whether a value may stand in double quotes; by default in `csv` only.
@@ -94,6 +95,7 @@ class Schema:
     fields: dict[str, FieldSchema] = field(default_factory=dict)
     keep: dict[str, list[Any]] = field(default_factory=dict)
     optional_columns: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()
     file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
     delimiter: str | None = None
     quoted: bool | None = None
@@ -165,3 +167,99 @@ def parse_schema(text: str, *, where: str) -> Schema:
         return build(Schema, mapping)
     except UserError as error:
         raise UserError(str(error), where=where) from None
+
+
+_USER_NAMES = ("user", "uid", "userid", "customerid", "visitorid", "memberid", "accountid", "reviewerid")
+_ITEM_NAMES = ("item", "itemid", "iid", "movieid", "productid", "trackid", "videoid", "parentasin", "asin", "articleid")
+_TIME_NAMES = ("timestamp", "time", "ts", "timems", "eventtime", "datetime", "date", "createdat", "unixreviewtime")
+_FEEDBACK = (
+    "rating",
+    "score",
+    "like",
+    "dislike",
+    "click",
+    "played",
+    "watch",
+    "event",
+    "action",
+    "feedback",
+    "purchase",
+)
+_ITEM_SIDE = ("artist", "album", "author", "brand", "category", "genre", "publisher", "price", "tag")
+_MANY_VALUES = 100
+
+
+def infer_schema(sample: Mapping[str, list[Any]], *, where: str) -> Schema:
+    """A schema for approval, guessed from the names of the columns and from their first values.
+
+    A column that looks like free text is left out. What has a name like a rating or a click is feedback, what has a
+    name like an artist or a genre belongs to the item, everything else is context.
+
+    Args:
+        sample: the first values of each column, as the file holds them or as text.
+        where: names the log in a message.
+
+    Raises:
+        UserError: no column is called like a user, or none like an item.
+    """
+    user = _find_column(sample, _USER_NAMES)
+    item = _find_column(sample, _ITEM_NAMES)
+    for what, column in (("user", user), ("item", item)):
+        if column is None:
+            fix = f"Write a schema. The columns are: {', '.join(sample)}"
+            raise UserError(f"no column looks like the {what}", where=where, fix=fix)
+    timestamp = _find_column(sample, _TIME_NAMES)
+    fields = {}
+    for column, values in sample.items():
+        if column not in (user, item, timestamp):
+            guess = _guess_field(column, values)
+            if guess is not None:
+                fields[_field_name(column)] = guess
+    assert user is not None and item is not None
+    return Schema(name="inferred", user=user, item=item, timestamp=timestamp, fields=fields)
+
+
+def _find_column(sample: Mapping[str, list[Any]], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        for column in sample:
+            if re.sub(r"[^a-z]", "", column.split(":")[0].lower()) == name:
+                return column
+    return None
+
+
+def _field_name(column: str) -> str:
+    name = re.sub(r"\W", "_", column.split(":")[0], flags=re.ASCII)[:60]
+    return f"field_{name}" if not name or name[0].isdigit() or name in RESERVED_NAMES else name
+
+
+def _guess_field(column: str, values: list[Any]) -> FieldSchema | None:
+    name = column.lower()
+    role: Role = "context"
+    if any(part in name for part in _FEEDBACK):
+        role = "feedback"
+    elif any(part in name for part in _ITEM_SIDE):
+        role = "item_side"
+    filled = [v for v in values if v is not None and v != ""]
+    if not filled or any(isinstance(v, dict | bytes) for v in filled):
+        return None
+    if any(isinstance(v, list) for v in filled):
+        return FieldSchema(column=column, role=role, kind="categorical", max_values=8)
+    distinct = {str(v).lower() for v in filled}
+    if distinct <= {"true", "false"} or distinct == {"0", "1"}:
+        return FieldSchema(column=column, role=role, kind="flag")
+    if len(distinct) <= _MANY_VALUES:
+        return FieldSchema(column=column, role=role, kind="categorical")
+    if name.split(":")[0].endswith("id"):
+        return FieldSchema(column=column, role=role, kind="id")
+    if all(_is_number(v) for v in filled):
+        return FieldSchema(column=column, role=role, kind="numeric", num_quantiles=10)
+    few = len(distinct) * 2 <= len(filled)
+    return FieldSchema(column=column, role=role, kind="id") if few else None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

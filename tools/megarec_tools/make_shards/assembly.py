@@ -1,0 +1,226 @@
+"""From the counts of the buckets to everything of a dataset but its blocks: ids, tables, and who is in which shard."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import polars as pl
+from pyarrow import parquet
+
+from megarec.base.errors import UserError
+from megarec.data.dataset import SPLITS, FieldInfo
+from megarec.data.schema import FieldSchema
+from megarec_tools.make_shards.config import MakeShardsConfig
+from megarec_tools.make_shards.histories import BucketResult, read_columns, write_columns
+from megarec_tools.make_shards.log.layout import Layout
+from megarec_tools.make_shards.shards import BucketUsers, ShardTask, vocabulary_path
+from megarec_tools.make_shards.split import SplitRule
+from megarec_tools.make_shards.vocabularies import Totals, find_edges, item_side_ids, make_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BucketSize:
+    """A bucket's folder and its users of each kind."""
+
+    folder: Path
+    train_users: int
+    eval_users: int
+    eval_only_users: int
+
+
+class Assembly:
+    """Collects the results of the buckets, then makes the tables and plans the shards.
+
+    Args:
+        config: the settings.
+        layout: how the log was read.
+        rule: the split.
+        staging: the folder of the new dataset.
+        work: the folder of the buckets.
+        unsigned: the columns whose negative ids stand for those of 2^63 and more.
+
+    Attributes:
+        fields: after `finish_tables`: what `dataset.json` says of every field.
+        counts: after `finish_tables`: what was counted.
+    """
+
+    def __init__(
+        self,
+        config: MakeShardsConfig,
+        *,
+        layout: Layout,
+        rule: SplitRule,
+        staging: Path,
+        work: Path,
+        unsigned: frozenset[str],
+    ) -> None:
+        self._config = config
+        self._schema = layout.schema
+        self._rule = rule
+        self._staging = staging
+        self._work = work
+        self._unsigned = unsigned
+        self._buckets: list[_BucketSize] = []
+        self._values = {name: Totals(["raw"]) for name in layout.vocabulary_slots}
+        self._numbers = {name: Totals(["value"]) for name, field in self._schema.fields.items() if field.num_quantiles}
+        self._side = {
+            name: Totals(["item", *(f"slot{slot}" for slot in range(field.max_values))])
+            for name, field in self._schema.fields.items()
+            if field.role == "item_side"
+        }
+        self._time_range: tuple[int, int] | None = None
+        self.fields: dict[str, FieldInfo] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, folder: Path, result: BucketResult) -> None:
+        """Adds the next bucket, in order."""
+        self._buckets.append(
+            _BucketSize(
+                folder=folder,
+                train_users=result.num_train_users,
+                eval_users=result.num_eval_users,
+                eval_only_users=result.num_eval_only_users,
+            )
+        )
+        self.counts.update(result.counts)
+        for totals, frames in (
+            (self._values, result.values),
+            (self._numbers, result.numbers),
+            (self._side, result.item_side),
+        ):
+            for name, frame in frames.items():
+                totals[name].add(frame)
+        if result.time_range:
+            low, high = self._time_range or result.time_range
+            self._time_range = (min(low, result.time_range[0]), max(high, result.time_range[1]))
+
+    def finish_tables(self) -> None:
+        """Numbers everything; writes `items.parquet` and `vocab/`.
+
+        Raises:
+            UserError: the split leaves nothing to train on, or nothing to ask.
+        """
+        self.counts["train_users"] = sum(b.train_users for b in self._buckets)
+        self.counts["eval_users"] = sum(b.eval_users for b in self._buckets)
+        self.counts["users"] = self.counts["train_users"] + sum(b.eval_only_users for b in self._buckets)
+        for side, key in (("train on", "train_events"), ("evaluate", "targets")):
+            if not self.counts[key]:
+                span = f"its times run from {self._time_range[0]} to {self._time_range[1]}" if self._time_range else ""
+                raise UserError(f"the split leaves nothing to {side}", where="split", fix=f"Check the log: {span}")
+        (self._staging / "vocab").mkdir()
+        (self._work / "vocabularies").mkdir()
+        vocabularies = {name: self._vocabulary(name) for name in self._values}
+        self.fields = {
+            name: self._field_info(name, field, vocabularies=vocabularies)
+            for name, field in {"item": None, **self._schema.fields}.items()
+        }
+        self._write_items(vocabularies)
+        self._write_users()
+
+    @property
+    def num_events_to_write(self) -> int:
+        """About as many events as `build_shard` will write."""
+        return self.counts["train_events"] + (self.counts["events"] if self._rule.cut_us is None else 0)
+
+    def shard_tasks(self) -> Iterator[ShardTask]:
+        """Every shard of the dataset, in order."""
+        per_shard = self._config.users_per_block * self._config.blocks_per_shard
+        trained = [0, *accumulate(b.train_users for b in self._buckets)]
+        eval_only = list(accumulate((b.eval_only_users for b in self._buckets), initial=trained[-1]))
+        for split in SPLITS:
+            (self._staging / split).mkdir()
+            sizes = [b.train_users if split == "train" else b.eval_users for b in self._buckets]
+            starts = [0, *accumulate(sizes)]
+            for number, first in enumerate(range(0, starts[-1], per_shard)):
+                last = min(first + per_shard, starts[-1])
+                parts = tuple(
+                    BucketUsers(
+                        bucket=bucket.folder,
+                        first=max(first, start) - start,
+                        last=min(last, start + size) - start,
+                        trained_before=trained[index],
+                        eval_only_before=eval_only[index],
+                    )
+                    for index, (bucket, start, size) in enumerate(zip(self._buckets, starts, sizes, strict=False))
+                    if start < last and start + size > first
+                )
+                yield ShardTask(
+                    path=self._staging / split / f"shard-{number:06d}.tar",
+                    split=split,
+                    parts=parts,
+                    users_per_block=self._config.users_per_block,
+                    compression=self._config.compression,
+                    fields=self.fields,
+                    vocabularies=self._work / "vocabularies",
+                    query_time=self._rule.query_time,
+                )
+
+    def _vocabulary(self, name: str) -> pl.DataFrame:
+        column = self._schema.item if name == "item" else self._schema.fields[name].column
+        totals = self._values[name].result()
+        vocabulary = make_vocabulary(
+            totals,
+            min_count=self._config.min_item_count if name == "item" else 1,
+            unsigned=column in self._unsigned,
+            name=name,
+        )
+        write_columns(vocabulary_path(self._work / "vocabularies", name), vocabulary.select("raw", "id").to_arrow())
+        if name == "item":
+            unseen = totals.filter(pl.col("train") == 0)
+            self.counts["items"] = len(vocabulary)
+            self.counts["items_unseen"] = int((unseen["catalog"] + unseen["target"] > 0).sum())
+            self.counts["targets_unseen"] = int(unseen["target"].sum())
+        else:
+            written = vocabulary.select("id", self._raw(vocabulary["raw"], column), "count")
+            parquet.write_table(written.to_arrow(), self._staging / "vocab" / f"{name}.parquet")
+        return vocabulary
+
+    def _raw(self, values: pl.Series, column: str) -> pl.Series:
+        return values.reinterpret(signed=False) if column in self._unsigned else values
+
+    def _field_info(self, name: str, field: FieldSchema | None, *, vocabularies: dict[str, pl.DataFrame]) -> FieldInfo:
+        if field is None:
+            return FieldInfo(name="item", role="item", kind="id", num_ids=len(vocabularies["item"]) + 1)
+        edges = find_edges(self._numbers[name].result(), field.num_quantiles) if field.num_quantiles else field.edges
+        num_real = {"numeric": len(edges) + 1, "flag": 2}.get(field.kind) or len(vocabularies[name])
+        return FieldInfo(
+            name=name, role=field.role, kind=field.kind, num_ids=num_real + 1, slots=field.max_values, edges=edges
+        )
+
+    def _write_items(self, vocabularies: dict[str, pl.DataFrame]) -> None:
+        items = vocabularies["item"]
+        table = items.with_columns(self._raw(items["raw"], self._schema.item)).to_arrow()
+        for name, totals in self._side.items():
+            ids, num_conflicts = item_side_ids(
+                totals.result(),
+                self._schema.fields[name],
+                info=self.fields[name],
+                items=items,
+                vocabulary=vocabularies.get(name),
+            )
+            self.counts["item_side_conflicts"] += num_conflicts
+            table = table.append_column(name, ids)
+        parquet.write_table(table, self._staging / "items.parquet")
+
+    def _write_users(self) -> None:
+        """`vocab/user.parquet`: the users that are trained on, then the others, each by number."""
+        path = self._staging / "vocab" / "user.parquet"
+        writer, number = None, 0
+        try:
+            for trained in (True, False):
+                for bucket in self._buckets:
+                    users = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "users.arrow")))
+                    raw = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "raw_users.arrow")))["user"]
+                    chosen = users["trained_on"].cast(pl.Boolean)
+                    chosen = chosen if trained else ~chosen & (users["num_targets"] > 0)
+                    found = self._raw(raw.filter(chosen), self._schema.user)
+                    numbers = pl.int_range(number, number + len(found), dtype=pl.Int64, eager=True)
+                    number += len(found)
+                    table = pl.DataFrame({"user": numbers, "raw": found}).to_arrow()
+                    writer = writer or parquet.ParquetWriter(path, table.schema)
+                    writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()

@@ -1,0 +1,84 @@
+"""The settings of `megarec-make-shards`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megarec.base.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Which events are trained on and which are asked for.
+
+    Attributes:
+        rule: `leave_last_out`: the last event of every user of two or more is the target.
+            `global_time`: trained on what lies before `cut - gap`; what a user does at `cut` or later is the target.
+            `user_holdout`: a share of the users is never trained on; the last event of each is the target.
+        cut: global_time: seconds since 1970, or text such as 2024-05-01T00:00:00Z.
+        gap: global_time: seconds before the cut that belong to neither side.
+        fraction: user_holdout: the share of users held out.
+    """
+
+    rule: Literal["leave_last_out", "global_time", "user_holdout"] = "leave_last_out"
+    cut: str | None = None
+    gap: float = 0.0
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if (self.rule == "global_time") != (self.cut is not None):
+            fix = "Give split.cut=2024-05-01" if self.cut is None else "Only split.rule=global_time has a cut"
+            raise UserError("split.cut and split.rule do not fit together", fix=fix)
+        if not 0 <= self.gap < 1e11:
+            raise UserError(f"split.gap={self.gap} is not a number of seconds from 0 up")
+        if self.gap and self.rule != "global_time":
+            raise UserError("split.gap is set", fix="Only split.rule=global_time has a gap")
+        if not 0 < self.fraction < 1:
+            raise UserError(f"split.fraction={self.fraction} is not between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeShardsConfig:
+    """From a log to a dataset directory.
+
+    Attributes:
+        input: a file, a glob, a directory, or a list of them.
+        output: the directory to make; it must not exist or be empty.
+        schema: the name of a ready schema, a yaml file, or `infer`.
+        approve: go on with an inferred schema; without it the schema is printed and nothing is made.
+        split: which events are trained on and which are asked for.
+        users_per_block: users in one tar member.
+        blocks_per_shard: tar members in one shard.
+        compression: of the blocks.
+        max_rejects: the share of rows that may be unusable.
+        duplicates: what to do with a row that repeats another in every column that is read.
+        min_item_count: items with fewer events become unknown (train events with global_time, otherwise all).
+        num_processes: 0 takes one per core, or none beside this one for a small log. The result is the same.
+        seed: of the order of the users and of who is held out.
+    """
+
+    input: str | list[str]
+    output: str
+    schema: str
+    approve: bool = False
+    split: SplitConfig = field(default_factory=SplitConfig)
+    users_per_block: int = 512
+    blocks_per_shard: int = 128
+    compression: Literal["none", "zstd"] = "none"
+    max_rejects: float = 0.001
+    duplicates: Literal["keep", "drop"] = "keep"
+    min_item_count: int = 1
+    num_processes: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("users_per_block", 1, 1 << 20),
+            ("blocks_per_shard", 1, 1_000_000),
+            ("max_rejects", 0, 1),
+            ("min_item_count", 1, 1 << 62),
+            ("num_processes", 0, 1024),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        if not self.input:
+            raise UserError("input is empty", fix="Give input=<file, glob or directory>")

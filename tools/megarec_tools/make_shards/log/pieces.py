@@ -1,0 +1,303 @@
+"""A log cut into pieces that workers read on their own: row groups of Parquet files, whole lines of text files."""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from pyarrow import ArrowException, parquet
+
+from megarec.base.errors import UserError, nearest
+from megarec.data.schema import Schema
+from megarec_tools.make_shards.log.files import COMPRESSIONS, LogFiles, LogFormat
+
+PIECE_ROWS = 1 << 20
+PIECE_BYTES = 16 << 20
+MAX_ROW_BYTES = 64 << 20
+SAMPLE_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_ZSTD_WINDOW = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStyle:
+    """How the lines of a text log are written."""
+
+    delimiter: str
+    quoted: bool
+
+    @property
+    def one_byte_delimiter(self) -> str:
+        """`delimiter`, or the control character that a longer one is replaced by before parsing."""
+        return self.delimiter if len(self.delimiter) == 1 else "\x1f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of one file.
+
+    Attributes:
+        number: counts the pieces of the log.
+        file: index of the file in the log.
+        path: of the file.
+        format: of the file.
+        row_groups: Parquet: the row groups to read.
+        text: otherwise: whole lines, without the header.
+        names: csv and tsv: the names of all columns.
+        style: csv and tsv.
+        read_bytes: how much of the log's bytes was read to make this piece.
+    """
+
+    number: int
+    file: int
+    path: Path
+    format: LogFormat
+    row_groups: tuple[int, ...] = ()
+    text: bytes = b""
+    names: tuple[str, ...] = ()
+    style: TextStyle | None = None
+    read_bytes: int = 0
+
+
+def text_style(schema: Schema | None, file_format: LogFormat) -> TextStyle:
+    """The delimiter and the quotes of a log: the schema's, or those of its format."""
+    delimiter = (schema.delimiter if schema else None) or ("\t" if file_format == "tsv" else ",")
+    quoted = schema.quoted if schema and schema.quoted is not None else file_format == "csv" and len(delimiter) == 1
+    return TextStyle(delimiter=delimiter, quoted=quoted)
+
+
+def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> list[str]:
+    """The names of the columns of a file; of JSON lines, the keys of its first lines.
+
+    Raises:
+        UserError: the file cannot be read, or has two columns of one name.
+    """
+    if file_format == "parquet":
+        return list(open_parquet(path).schema_arrow.names)
+    if file_format == "jsonl":
+        return _json_keys(_first_lines(path))
+    if schema is not None and schema.column_names:
+        return list(schema.column_names)
+    return _header(_first_lines(path).split(b"\n", 1)[0], path=path, style=text_style(schema, file_format))
+
+
+def cut_pieces(files: LogFiles, *, schema: Schema) -> Iterator[Piece]:
+    """All pieces of a log, in order.
+
+    Raises:
+        UserError: a file is damaged or is not what its suffix says.
+    """
+    number = 0
+    for index, path in enumerate(files.paths):
+        parts = _row_groups(path) if files.format == "parquet" else _text_pieces(path, files.format, schema=schema)
+        names: tuple[str, ...] = ()
+        style = None
+        if files.format in ("csv", "tsv"):
+            names, style = tuple(columns_of(path, files.format, schema=schema)), text_style(schema, files.format)
+        for row_groups, text, read_bytes in parts:
+            yield Piece(
+                number=number,
+                file=index,
+                path=path,
+                format=files.format,
+                row_groups=row_groups,
+                text=text,
+                names=names,
+                style=style,
+                read_bytes=read_bytes,
+            )
+            number += 1
+
+
+def first_text_piece(path: Path, file_format: LogFormat, *, schema: Schema | None) -> Piece:
+    """The first rows of a text file as a piece of their own."""
+    text = _first_lines(path)
+    text = text[: text.rfind(b"\n") + 1] or text
+    names: tuple[str, ...] = ()
+    if file_format != "jsonl":
+        names = tuple(columns_of(path, file_format, schema=schema))
+        if schema is None or not schema.column_names:
+            text = text.partition(b"\n")[2]
+    style = text_style(schema, file_format)
+    return Piece(number=0, file=0, path=path, format=file_format, text=text, names=names, style=style)
+
+
+def estimate_rows(files: LogFiles, *, schema: Schema) -> int:
+    """The rows of a log: exact for Parquet, for text from the length of the first rows."""
+    if files.format == "parquet":
+        return sum(int(open_parquet(path).metadata.num_rows) for path in files.paths)
+    sample = first_text_piece(files.paths[0], files.format, schema=schema).text
+    expansion = 1 if files.paths[0].suffix.lower() not in COMPRESSIONS else 4
+    return files.num_bytes * expansion * (sample.count(b"\n") + 1) // (len(sample) + 1)
+
+
+def open_parquet(path: Path) -> parquet.ParquetFile:
+    """An opened Parquet file; a damaged one is a `UserError`."""
+    try:
+        return parquet.ParquetFile(path, memory_map=False)
+    except (ArrowException, OSError) as error:
+        raise damaged_parquet(path, error) from None
+
+
+def damaged_parquet(path: Path, error: Exception) -> UserError:
+    """What to say about a Parquet file that cannot be read."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"damaged or truncated Parquet file ({first_line})", where=str(path), fix="Copy it again")
+
+
+def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+    metadata = open_parquet(path).metadata
+    group: list[int] = []
+    num_rows = 0
+    for index in range(metadata.num_row_groups):
+        group.append(index)
+        num_rows += metadata.row_group(index).num_rows
+        if num_rows >= PIECE_ROWS or index == metadata.num_row_groups - 1:
+            yield tuple(group), b"", 0
+            group, num_rows = [], 0
+
+
+def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+    quoted = file_format == "csv" and text_style(schema, file_format).quoted
+    skip_header = file_format != "jsonl" and not schema.column_names
+    rest, read_so_far = b"", 0
+    for data, position in _decompressed(path):
+        rest += data
+        if skip_header:
+            if b"\n" not in rest:
+                continue
+            rest = rest.split(b"\n", 1)[1]
+            skip_header = False
+        if len(rest) < PIECE_BYTES:
+            continue
+        end = _last_row_end(rest, quoted=quoted)
+        if end == 0:
+            if len(rest) > MAX_ROW_BYTES:
+                raise UserError(f"a row is longer than {MAX_ROW_BYTES >> 20} MB", where=str(path))
+            continue
+        yield (), rest[:end], position - read_so_far
+        rest, read_so_far = rest[end:], position
+    if rest and not skip_header:
+        yield (), rest, path.stat().st_size - read_so_far
+
+
+def _last_row_end(text: bytes, *, quoted: bool) -> int:
+    """Just behind the last line break that is not inside quotes; 0 when there is none."""
+    last = text.rfind(b"\n") + 1
+    if not quoted or not last:
+        return last
+    end, num_quotes = last, text.count(b'"', 0, last)
+    for _ in range(1000):
+        if num_quotes % 2 == 0:
+            return end
+        before = text.rfind(b"\n", 0, end - 1) + 1
+        if before == 0:
+            break
+        num_quotes -= text.count(b'"', before, end)
+        end = before
+    return last  # a stray quote: the parser will say which row it is in
+
+
+def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The bytes of a file with how far into the file they reach; without the byte order mark."""
+    chunks = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _plain)(path)
+    first = True
+    for data, position in chunks:
+        if first and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError("the text is UTF-16", where=str(path), fix="Convert it to UTF-8")
+        yield data.removeprefix(_BOM) if first else data, position
+        first = False
+
+
+def _plain(path: Path) -> Iterator[tuple[bytes, int]]:
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            yield data, file.tell()
+
+
+def _gunzipped(path: Path) -> Iterator[tuple[bytes, int]]:
+    with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) as file:
+        try:
+            while data := file.read(1 << 22):
+                yield data, raw.tell()
+        except EOFError:
+            raise UserError("the gzip file is truncated", where=str(path), fix="Copy it again") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"damaged gzip file ({error})", where=str(path), fix="Copy it again") from None
+
+
+def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
+    # The library's own file reader takes a truncated frame for a whole one; a frame object knows its end.
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    with path.open("rb") as file:
+        frame, inside = unpacker.decompressobj(), False
+        while data := file.read(1 << 13):  # small: a few bytes can unpack to megabytes
+            while data:
+                try:
+                    text = frame.decompress(data)
+                except zstandard.ZstdError as error:
+                    raise UserError(f"damaged zstd file ({error})", where=str(path), fix="Copy it again") from None
+                inside, data = not frame.eof, frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = unpacker.decompressobj()
+                yield text, file.tell()
+        if inside:
+            raise UserError("the zstd file is truncated", where=str(path), fix="Copy it again")
+
+
+def _first_lines(path: Path) -> bytes:
+    """At least the first line of a text file, if it has one."""
+    text = b""
+    for data, _ in _decompressed(path):
+        text += data
+        if len(text) >= SAMPLE_BYTES and b"\n" in text:
+            break
+        if len(text) > MAX_ROW_BYTES:
+            raise UserError(f"the first line is longer than {MAX_ROW_BYTES >> 20} MB", where=str(path))
+    return text
+
+
+def _header(line: bytes, *, path: Path, style: TextStyle) -> list[str]:
+    text = line.rstrip(b"\r").decode("utf-8", errors="replace")
+    if not text.strip():
+        raise UserError("the log has no header line", where=str(path), fix="Set column_names in the schema if so meant")
+    if style.quoted:
+        names = next(csv.reader(io.StringIO(text), delimiter=style.delimiter))
+    else:
+        names = text.split(style.delimiter)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"two columns are named '{twice[0]}'", where=str(path))
+    return names
+
+
+def parse_json(line: bytes) -> Any:
+    """The value of a JSON line; None when it is none."""
+    try:
+        return json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_keys(text: bytes) -> list[str]:
+    """The keys of the first thousand JSON lines, in the order met."""
+    keys: dict[str, None] = {}
+    for line in text.split(b"\n")[:1000]:
+        row = parse_json(line)
+        if isinstance(row, dict):
+            keys.update(dict.fromkeys(row))
+    return list(keys)
+
+
+def require_columns(present: list[str], wanted: list[str], *, path: Path) -> None:
+    """Raises `UserError` when a wanted column is not present, naming the nearest that is."""
+    for column in wanted:
+        if column not in present:
+            what = f"no column '{column}'"
+            raise UserError(what, where=str(path), fix=nearest(column, present) + " Or set it in the schema")

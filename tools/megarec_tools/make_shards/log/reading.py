@@ -1,0 +1,165 @@
+"""From a piece of a log to a polars frame of its raw columns; lines that are no rows are named, not lost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pyarrow import ArrowException
+from pyarrow import csv as arrow_csv
+
+from megarec.base.errors import UserError
+from megarec.data.schema import Schema
+from megarec_tools.make_shards.log.files import LogFiles
+from megarec_tools.make_shards.log.pieces import (
+    Piece,
+    damaged_parquet,
+    first_text_piece,
+    open_parquet,
+    parse_json,
+)
+
+SAMPLE_ROWS = 10_000
+
+NOT_A_ROW = "the line has another number of values than the header"
+NOT_JSON = "the line is no JSON object"
+NOT_SCALAR = "\x00"  # stands for an object where a value should be; no id or number can contain it
+UNREADABLE = "\ufffd"  # what bytes that are not UTF-8 become
+
+
+def read_piece(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Reads the `columns` of a piece.
+
+    Values of text formats stay text (JSON lists: lists of text), so that nothing is guessed per piece.
+
+    Returns:
+        The rows with their number `#row` in the piece (from 0), and the lines that are no rows: `row`, `reason`,
+        `value`.
+    """
+    if piece.format == "parquet":
+        return _read_parquet(piece, columns)
+    if piece.format == "jsonl":
+        return _read_json_lines(piece.text, columns)
+    return _read_delimited(piece, columns)
+
+
+def _read_parquet(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    try:
+        file = open_parquet(piece.path)
+        table = file.read_row_groups(list(piece.row_groups), columns=list(columns), use_threads=False)
+        frame = pl.DataFrame(pl.from_arrow(table))
+    except (ArrowException, OSError, pl.exceptions.PolarsError) as error:
+        raise damaged_parquet(piece.path, error) from None
+    return frame.select(columns).with_row_index("#row"), _broken([], NOT_A_ROW)
+
+
+def _read_delimited(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    assert piece.style is not None
+    text = piece.text
+    if len(piece.style.delimiter) > 1:
+        text = text.replace(piece.style.delimiter.encode(), piece.style.one_byte_delimiter.encode())
+    try:
+        table, broken = _parse_delimited(piece, text, columns)
+    except UnicodeDecodeError:
+        table, broken = _parse_delimited(piece, text.decode("utf-8", errors="replace").encode(), columns)
+    numbers = np.arange(table.num_rows + len(broken), dtype=np.int64)
+    numbers = np.delete(numbers, [row for row, _ in broken])
+    frame = pl.DataFrame(pl.from_arrow(table)).select(columns)
+    return frame.insert_column(0, pl.Series("#row", numbers)), _broken(broken, NOT_A_ROW)
+
+
+def _parse_delimited(piece: Piece, text: bytes, columns: Sequence[str]) -> tuple[pa.Table, list[tuple[int, str]]]:
+    assert piece.style is not None
+    broken: list[tuple[int, str]] = []
+
+    def note(row: Any) -> str:
+        broken.append((row.number - 1, row.text))
+        return "skip"
+
+    try:
+        table = arrow_csv.read_csv(
+            pa.BufferReader(text),
+            read_options=arrow_csv.ReadOptions(
+                use_threads=False, column_names=list(piece.names), block_size=len(text) + 1
+            ),
+            parse_options=arrow_csv.ParseOptions(
+                delimiter=piece.style.one_byte_delimiter,
+                quote_char='"' if piece.style.quoted else False,
+                newlines_in_values=piece.style.quoted,
+                invalid_row_handler=note,
+            ),
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=list(columns),
+                column_types=dict.fromkeys(columns, pa.large_string()),
+                strings_can_be_null=False,
+            ),
+        )
+    except ArrowException as error:
+        if "UTF8" in str(error) or "UTF-8" in str(error):
+            raise UnicodeDecodeError("utf-8", b"", 0, 0, "somewhere in the piece") from None
+        raise UserError(f"cannot be read as {piece.format} ({error})", where=str(piece.path)) from None
+    return table, broken
+
+
+def _read_json_lines(text: bytes, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    values: dict[str, list[Any]] = {column: [] for column in columns}
+    numbers: list[int] = []
+    broken: list[tuple[int, str]] = []
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    for number, line in enumerate(lines):
+        row = parse_json(line)
+        if not isinstance(row, dict):
+            broken.append((number, line[:200].decode("utf-8", errors="replace")))
+            continue
+        numbers.append(number)
+        for column, items in values.items():
+            items.append(row.get(column))
+    series = [pl.Series("#row", numbers, dtype=pl.Int64)]
+    for column, items in values.items():
+        is_list = any(isinstance(item, list) for item in items)
+        if is_list:
+            lists = [item if isinstance(item, list) else [] if item is None else [item] for item in items]
+            texts = [[_as_text(value) for value in item] for item in lists]
+            series.append(pl.Series(column, texts, dtype=pl.List(pl.String)))
+        else:
+            series.append(pl.Series(column, [_as_text(item) for item in items], dtype=pl.String))
+    return pl.DataFrame(series), _broken(broken, NOT_JSON)
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    return NOT_SCALAR
+
+
+def _broken(rows: list[tuple[int, str]], reason: str) -> pl.DataFrame:
+    schema = {"row": pl.Int64, "reason": pl.String, "value": pl.String}
+    return pl.DataFrame(
+        {"row": [r for r, _ in rows], "reason": [reason] * len(rows), "value": [t for _, t in rows]}, schema=schema
+    )
+
+
+def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | None) -> pl.DataFrame:
+    """The first rows of a log: enough of them to decide what its columns hold.
+
+    Raises:
+        UserError: the log has no rows.
+    """
+    for path in files.paths:
+        if files.format == "parquet":
+            batches = open_parquet(path).iter_batches(batch_size=SAMPLE_ROWS, columns=list(columns), use_threads=False)
+            try:
+                batch = next(batches, None)
+            except (ArrowException, OSError) as error:
+                raise damaged_parquet(path, error) from None
+            frame = pl.DataFrame(pl.from_arrow(batch)) if batch is not None else pl.DataFrame()
+        else:
+            frame = read_piece(first_text_piece(path, files.format, schema=schema), columns)[0].head(SAMPLE_ROWS)
+        if len(frame):
+            return frame.select(columns)
+    raise UserError("the log has no rows", where=str(files.paths[0]), fix="Check input")
