@@ -13,7 +13,7 @@ from torch import Tensor
 from megarec.base.random_torch import hash_torch
 from megarec.embedding.config import TableOptimizerConfig
 
-_VALUES_AT_ONCE = 1 << 20
+_VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 
 
 def make_state(config: TableOptimizerConfig, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -22,17 +22,18 @@ def make_state(config: TableOptimizerConfig, values: Tensor, dtype: torch.dtype)
     `rowwise_adagrad`: `square` `[L]`. `adam`: `mean` and `square` `[L, E]`. `rowwise_adam`: `mean` `[L, E]` and
     `square` `[L]`.
     """
-    per_row = torch.zeros(values.shape[0], dtype=dtype, device=values.device)
-    per_value = torch.zeros_like(values, dtype=dtype)
+    per_row, per_value = values.shape[:1], values.shape
+    shapes: dict[str, torch.Size]
     match config.kind:
         case "sgd":
-            return {}
+            shapes = {}
         case "rowwise_adagrad":
-            return {"square": per_row}
+            shapes = {"square": per_row}
         case "adam":
-            return {"mean": per_value, "square": torch.zeros_like(per_value)}
+            shapes = {"mean": per_value, "square": per_value}
         case "rowwise_adam":
-            return {"mean": per_value, "square": per_row}
+            shapes = {"mean": per_value, "square": per_row}
+    return {name: torch.zeros(shape, dtype=dtype, device=values.device) for name, shape in shapes.items()}
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def update_rows(
     *,
     rows: Tensor,
     grad: Tensor,
+    scale: float | Tensor,
     lr: float,
     step: int,
     rounding: tuple[int, Tensor],
@@ -55,16 +57,17 @@ def update_rows(
         state: from `make_state`.
         rows: distinct, `[G]`.
         grad: their gradients, `[G, E]`.
+        scale: multiplies the gradients.
         lr: the learning rate.
         step: the number of this update, from 1.
         rounding: a key for the random bits and the global number of each row, `[G]`: bf16 rows are rounded up or
             down at random, by how near each is, so that small updates are not lost.
     """
     key, global_rows = rounding
-    rows_at_once = max(1, _VALUES_AT_ONCE // values.shape[1])
+    rows_at_once = max(1, _VALUES_AT_ONCE[values.device.type] // values.shape[1])
     for start in range(0, rows.numel(), rows_at_once):
         part = slice(start, start + rows_at_once)
-        touched, gradient = rows[part], grad[part]
+        touched, gradient = rows[part], grad[part] * scale
         old = values.index_select(0, touched).to(gradient.dtype)
         change = _direction(config, state, rows=touched, grad=gradient, step=step)
         new = old.mul_(1.0 - lr * config.weight_decay).sub_(change, alpha=lr)
@@ -93,7 +96,7 @@ def _direction(
 
 
 def _round_at_random(values: Tensor, key: int, rows: Tensor) -> Tensor:
-    """fp32 `[G, E]` with the 16 bits that bf16 lacks added to a random number below their carry, then cut off."""
+    """fp32 `[G, E]` rounded to bf16: 16 random bits are added to the 16 bits that bf16 lacks, and both cut off."""
     width = values.shape[1]
     counters = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)
     noise = (hash_torch(key, counters) & 0xFFFF).to(torch.int32)

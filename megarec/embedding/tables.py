@@ -15,7 +15,7 @@ from megarec.embedding.lookup import Fetched, gradient_dtype, sum_by_row
 from megarec.embedding.optimizer import make_state, update_rows
 from megarec.parallel.groups import Group
 
-_VALUES_AT_ONCE = 1 << 16  # what initialisation keeps in a core's cache
+_VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 _GATHERED_AT_ONCE = 1 << 22
 
 
@@ -126,7 +126,7 @@ class TableGroup:
         """Updates every touched row once.
 
         Args:
-            owned: from `collect_gradients`; its gradients are used up.
+            owned: from `collect_gradients`.
             lr: the learning rate of the step, multiplied by the optimizer's `lr_scale`.
             scale: multiplies the gradients (clipping).
         """
@@ -136,7 +136,8 @@ class TableGroup:
             self._values,
             self._state,
             rows=owned.local_rows,
-            grad=owned.grad.mul_(scale),
+            grad=owned.grad,
+            scale=scale,
             lr=lr * self._optimizer.lr_scale,
             step=self.step,
             rounding=(derive_key(self._rounding_key, self.step), owned.local_rows * self._world + self._rank),
@@ -180,7 +181,7 @@ class TableGroup:
         columns = torch.arange(self.width, device=device)
         begin = -(-(first - self._rank) // self._world)
         end = -(-(first + spec.num_rows - self._rank) // self._world)
-        rows_at_once = max(1, _VALUES_AT_ONCE // self.width)
+        rows_at_once = max(1, _VALUES_AT_ONCE[device.type] // self.width)
         for start in range(begin, end, rows_at_once):
             stop = min(start + rows_at_once, end)
             rows = torch.arange(start, stop, device=device) * self._world + self._rank - first

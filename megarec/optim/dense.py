@@ -57,6 +57,8 @@ class DenseOptimizer:
         for group in self._megatron.param_groups:  # Megatron-Core leaves this to its own scheduler
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         self._adam: torch.optim.Optimizer = self._megatron.optimizer
+        if not isinstance(self._adam, torch.optim.AdamW):  # Apex and Transformer Engine count steps elsewhere
+            raise AssertionError(f"Megatron-Core chose {type(self._adam)}; only torch's AdamW is known here")
         for weight, _ in self._weights():
             self._adam.state[weight] = {
                 "step": torch.zeros(()),

@@ -79,9 +79,7 @@ def transformer_config(
     )
 
 
-def wrap_ddp(
-    groups: ParallelGroups, model: nn.Module, config: TransformerConfig, *, overlap: bool = False
-) -> DistributedDataParallel:
+def wrap_ddp(groups: ParallelGroups, model: nn.Module, config: TransformerConfig) -> DistributedDataParallel:
     """Puts `model` on its device in `config.pipeline_dtype` and inside Megatron-Core's DDP.
 
     Gradients live in contiguous buffers, summed over data-parallel ranks; those of bf16 weights in fp32.
@@ -90,16 +88,13 @@ def wrap_ddp(
         groups: who takes part.
         model: filled with its initial weights, every parameter with a Placement.
         config: from `transformer_config`.
-        overlap: sum the gradients of one layer while the backward pass of the next runs.
     """
     model.to(device=groups.device, dtype=config.pipeline_dtype)
     for parameter, placement in placements(model):
         setattr(parameter, "sequence_parallel", "tp" in placement.grad_sum_over)  # noqa: B010
     in_fp32 = config.pipeline_dtype == torch.bfloat16
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=overlap)
-    wrapped = DistributedDataParallel(config=config, ddp_config=settings, module=Replica(model, config))
-    config.no_sync_func = wrapped.no_sync if overlap else None
-    return wrapped
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32)
+    return DistributedDataParallel(config=config, ddp_config=settings, module=Replica(model, config))
 
 
 def run_schedule(

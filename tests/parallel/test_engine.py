@@ -17,16 +17,16 @@ STEPS = 3
 LR = 0.1
 
 
-def make(groups: ParallelGroups, dtype: torch.dtype, overlap: bool = False):
+def make(groups: ParallelGroups, dtype: torch.dtype):
     config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=dtype)
     model = TinyModel(megatron_parts(groups, config))
-    return model, wrap_ddp(groups, model, config, overlap=overlap)
+    return model, wrap_ddp(groups, model, config)
 
 
-def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype, overlap: bool = False) -> dict[str, Tensor]:
+def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Plain SGD by hand on Megatron-Core's gradients; whole weights, put together from the tensor-parallel pieces."""
     groups = start(layout, process)
-    model, wrapped = make(groups, dtype, overlap)
+    model, wrapped = make(groups, dtype)
     losses = []
     for step in range(STEPS):
         packs = packs_of(step)
@@ -95,11 +95,6 @@ def test_every_layout_equals_plain_torch(world: int, layout: LayoutConfig) -> No
     for step in range(STEPS):
         total = sum(result["losses"][step] for result in results if result["tensor_rank"] == 0)
         assert total == pytest.approx(losses[step], abs=1e-12)
-
-
-def test_overlapped_gradient_sums_are_the_same() -> None:
-    want, _ = twin()
-    assert_equal_weights(run_ranks(train, 2, LayoutConfig(), torch.float64, True), want, 1e-12)
 
 
 def test_bf16_weights_have_fp32_gradients() -> None:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "megarec"
 MARKS = {
     r"\.backward\(": set(),
     r"torch\.autograd\.(grad|backward)\(": set(),
-    r"torch\.optim\.(?!Optimizer\b)": set(),
+    r"torch\.optim\.\w+\(": set(),
     r"nn\.parallel|fully_shard": set(),
     r"get_forward_backward_func": {"parallel/engine.py", "parallel/mcore.py"},
     r"\bDistributedDataParallel\(": {"parallel/engine.py"},
@@ -35,4 +35,4 @@ def test_no_second_training_path(mark: str) -> None:
 
 def test_a_second_path_would_be_seen() -> None:
     planted = {"train/fast.py": "loss = model(x)\nloss.backward()\ntorch.optim.AdamW(p).step()\n"}
-    assert found(r"\.backward\(", planted) and found(r"torch\.optim\.(?!Optimizer\b)", planted)
+    assert found(r"\.backward\(", planted) and found(r"torch\.optim\.\w+\(", planted)
