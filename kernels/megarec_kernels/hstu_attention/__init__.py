@@ -5,6 +5,8 @@ from torch import Tensor
 from megarec_kernels.hstu_attention.cpu import HSTUSettings, JaggedHSTUAttention, TimeBuckets, bucket_times
 from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
 
+__all__ = ["TimeBuckets", "bucket_times", "hstu_attention"]
+
 
 def hstu_attention(
     q: Tensor,

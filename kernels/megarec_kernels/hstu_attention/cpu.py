@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megarec_kernels.tiles import Tile, TilePlan, heads_first, tokens_first
 
-SECONDS_PER_BUCKET_LOG = 0.301
+LOG_WIDTH = 0.301  # of a time bucket: a factor of 1.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def bucket_times(plan: TilePlan, timestamp: Tensor, query_timestamp: Tensor, *, 
 
 
 def _bucket(seconds: Tensor, num_buckets: int) -> Tensor:
-    return seconds.abs_().clamp_(min=1).double().log_().div_(SECONDS_PER_BUCKET_LOG).clamp_(max=num_buckets)
+    return seconds.abs_().clamp_(min=1).double().log_().div_(LOG_WIDTH).clamp_(max=num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True)
