@@ -25,6 +25,7 @@ from megarec.metrics.ranking import measure_lists, measure_ranks
 
 MAX_SCORES = 1 << 24  # scores that exist at one time: users of a batch times items
 MAX_USERS_AT_ONCE = 256
+ALL_EVENTS = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def tally(
     users_at_once = max(1, min(MAX_USERS_AT_ONCE, MAX_SCORES // dataset.fields["item"].num_ids))
     batches = evaluation_batches(
         dataset,
-        max_history_events=protocol.max_history_events,
+        max_history_events=protocol.max_history_events or ALL_EVENTS,
         users_per_batch=users_at_once,
         rank=rank,
         world=world,

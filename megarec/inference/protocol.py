@@ -15,7 +15,8 @@ class Protocol:
 
     Attributes:
         name: what to call this set of rules.
-        max_history_events: how many of the newest events the history keeps.
+        max_history_events: how many of the newest events the history keeps; None: `megarec-evaluate` puts in what the
+            model was trained with, elsewhere it means all.
         filter_seen: items that cannot be recommended: `none`, those inside the kept history (`window`, as the
             public HSTU code does), or those of the user's whole history (`full`, as gSASRec does).
         query_time: the time at which the question is asked: `dataset` is the one the split stored (the target's
@@ -27,14 +28,14 @@ class Protocol:
     """
 
     name: str = "default"
-    max_history_events: int = 512
+    max_history_events: int | None = None
     filter_seen: Literal["none", "window", "full"] = "none"
     query_time: Literal["dataset", "last_event"] = "dataset"
     query_context: Literal["target", "last_event", "missing"] = "target"
     ks: tuple[int, ...] = (1, 5, 10, 20, 50, 100, 200)
 
     def __post_init__(self) -> None:
-        if self.max_history_events < 1:
+        if self.max_history_events is not None and self.max_history_events < 1:
             raise UserError("must be at least 1", where="protocol.max_history_events")
         if not self.ks or min(self.ks) < 1 or list(self.ks) != sorted(set(self.ks)):
             raise UserError(f"must be growing numbers from 1, got {list(self.ks)}", where="protocol.ks")

@@ -64,7 +64,7 @@ def slow_metrics(users: list[User], protocol: Protocol) -> dict[str, float]:
     shown: dict[int, set[int]] = {k: set() for k in protocol.ks}
     for user in users:
         scores = Tied().scores_of(user.number)
-        window = user.history[-protocol.max_history_events :]
+        window = user.history[-(protocol.max_history_events or 0) :]
         hidden = {"none": set(), "window": set(window), "full": set(user.history)}[protocol.filter_seen]
         order = sorted((i for i in range(1, NUM_ITEMS + 1) if i not in hidden), key=lambda i: (-scores[i], i))
         wanted = set(user.targets)

@@ -85,8 +85,10 @@ def read_oracle(path: Path, dataset: Dataset, *, feedback: str = "listened") -> 
     raw_items = frame["item_ids"].explode().to_numpy()
     distinct, place = np.unique(raw_items, return_inverse=True)
     known = np.array([item_of.get(raw, 0) for raw in distinct.tolist()], dtype=np.int64)
+    row = np.full(int(users["user"].max() or 0) + 1, -1)  # type: ignore[arg-type]
+    row[users["user"].to_numpy()] = [row_of.get(raw, -1) for raw in users["raw"].to_list()]
     return Oracle(
-        row=np.array([row_of.get(raw, -1) for raw in users["raw"].to_list()], dtype=np.int64),
+        row=row,
         timestamp=frame["timestamp"].cast(pl.Int64).to_numpy(),
         item=known[place].reshape(-1, width),
         probability=frame["probabilities"].explode().to_numpy().astype(np.float64).reshape(-1, width),
