@@ -148,40 +148,45 @@ def make_pack(windows: Windows, members: Int64, *, rule: PackRule, lane: int, nu
     """The pack that holds the windows `members`, in that order."""
     num_targets = windows.num_targets[members]
     lengths = num_targets + rule.keep_last_event
+    cu_seqlens = lengths_to_offsets(lengths)
     position = segment_positions(lengths)
-    has_target = position < np.repeat(num_targets, lengths)
     row = position + np.repeat(windows.start[members], lengths)
-    next_row = row + has_target
-    ids = {name: column for name, column in windows.columns.items() if name != "timestamp"}
-    timestamp = windows.columns["timestamp"]
-    missing = ~has_target if rule.keep_last_event else None
-    num_events = rule.num_events
+    last = cu_seqlens[1:] - 1
+    has_target = np.ones(len(row), dtype=np.bool_)
+    has_target[last] = not rule.keep_last_event
+    fields, next_fields = {}, {}
+    for name, column in windows.columns.items():
+        if name != "timestamp":
+            fields[name] = _padded(column.take(row, axis=0), num_events=rule.num_events, dtype=np.int32, dead=-1)
+            after = -1 if rule.keep_last_event else column[row[last] + 1]
+            next_fields[name] = _shifted(fields[name], last=last, after=after)
+    time = windows.columns["timestamp"]
+    timestamp = _padded(time[row], num_events=rule.num_events, dtype=np.int64, dead=0)
     return Pack(
         lane=lane,
         number=number,
         epoch=epoch,
-        cu_seqlens=lengths_to_offsets(lengths),
+        cu_seqlens=cu_seqlens,
         user=windows.user[members],
-        position=_padded(position.astype(np.int32), num_events=num_events, dead=0),
-        timestamp=_padded(timestamp[row], num_events=num_events, dead=0),
-        next_timestamp=_padded(timestamp[next_row], num_events=num_events, dead=0),
-        fields={name: _gathered(column, row, num_events=num_events) for name, column in ids.items()},
-        next_fields={
-            name: _gathered(column, next_row, num_events=num_events, missing=missing) for name, column in ids.items()
-        },
-        has_target=_padded(has_target, num_events=num_events, dead=False),
+        position=_padded(position, num_events=rule.num_events, dtype=np.int32, dead=0),
+        timestamp=timestamp,
+        next_timestamp=_shifted(timestamp, last=last, after=time[row[last] + (not rule.keep_last_event)]),
+        fields=fields,
+        next_fields=next_fields,
+        has_target=_padded(has_target, num_events=rule.num_events, dtype=np.bool_, dead=False),
     )
 
 
-def _padded(values: Array, *, num_events: int, dead: int) -> Array:
-    padded = np.full(num_events, dead, dtype=values.dtype)
+def _padded(values: Array, *, num_events: int, dtype: npt.DTypeLike, dead: int) -> Array:
+    padded = np.full((num_events, *values.shape[1:]), dead, dtype=dtype)
     padded[: len(values)] = values
     return padded
 
 
-def _gathered(column: Array, rows: Int64, *, num_events: int, missing: Bool | None = None) -> Int32:
-    ids = np.full((num_events, *column.shape[1:]), -1, dtype=np.int32)
-    ids[: len(rows)] = column[rows]
-    if missing is not None:
-        ids[: len(rows)][missing] = -1
-    return ids
+def _shifted(values: Array, *, last: Int64, after: Array | int) -> Array:
+    """Each event's `values` one place earlier; `after` for the `last` event of each window; the tail stays dead."""
+    shifted = np.empty_like(values)
+    shifted[:-1] = values[1:]
+    shifted[-1] = values[-1]
+    shifted[last] = after
+    return shifted
