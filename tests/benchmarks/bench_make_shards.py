@@ -30,7 +30,9 @@ def write_log(folder: Path, *, num_events: int) -> None:
     users = np.searchsorted(np.cumsum(activity / activity.sum()), random.random(num_events)).clip(0, num_users - 1)
     items = np.searchsorted(np.cumsum(popularity / popularity.sum()), random.random(num_events)).clip(0, num_items - 1)
     names = random.permutation(num_items)
-    ratio = np.where(random.random(num_events) < 0.6, random.integers(50, 101, num_events), random.integers(0, 50, num_events))
+    ratio = np.where(
+        random.random(num_events) < 0.6, random.integers(50, 101, num_events), random.integers(0, 50, num_events)
+    )
     table = pa.table(
         {
             "uid": (users * 10).astype(np.uint32),
@@ -109,7 +111,9 @@ def main() -> None:
     events = dataset.counts["events"]
     print(f"{'events':>12} {'seconds':>8} {'events/s':>10} {'peak RSS MB':>12} {'dataset MB':>11} {'CPU s so far':>13}")
     num_mb = sum(shard.bytes for shard in dataset.shards) / 1e6
-    print(f"{events:>12,} {seconds:>8.1f} {events / seconds:>10,.0f} {peak / 1e6:>12,.0f} {num_mb:>11,.0f} {cpu:>13.1f}")
+    print(
+        f"{events:>12,} {seconds:>8.1f} {events / seconds:>10,.0f} {peak / 1e6:>12,.0f} {num_mb:>11,.0f} {cpu:>13.1f}"
+    )
 
 
 if __name__ == "__main__":

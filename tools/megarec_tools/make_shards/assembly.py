@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.base.errors import UserError
@@ -18,6 +20,8 @@ from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.shards import BucketUsers, ShardTask, vocabulary_path
 from megarec_tools.make_shards.split import SplitRule
 from megarec_tools.make_shards.vocabularies import Totals, find_edges, item_side_ids, make_vocabulary
+
+USERS_PER_ROW_GROUP = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,20 +211,24 @@ class Assembly:
     def _write_users(self) -> None:
         """`vocab/user.parquet`: the users that are trained on, then the others, each by number."""
         path = self._staging / "vocab" / "user.parquet"
-        writer, number = None, 0
-        try:
+        schema = pa.schema({"user": pa.int64(), "raw": self._raw_users(self._buckets[0], trained=True).to_arrow().type})
+        number, waiting = 0, pl.Series("raw", [], dtype=self._raw_users(self._buckets[0], trained=True).dtype)
+        with parquet.ParquetWriter(path, schema) as writer:
             for trained in (True, False):
                 for bucket in self._buckets:
-                    users = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "users.arrow")))
-                    raw = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "raw_users.arrow")))["user"]
-                    chosen = users["trained_on"].cast(pl.Boolean)
-                    chosen = chosen if trained else ~chosen & (users["num_targets"] > 0)
-                    found = self._raw(raw.filter(chosen), self._schema.user)
-                    numbers = pl.int_range(number, number + len(found), dtype=pl.Int64, eager=True)
-                    number += len(found)
-                    table = pl.DataFrame({"user": numbers, "raw": found}).to_arrow()
-                    writer = writer or parquet.ParquetWriter(path, table.schema)
-                    writer.write_table(table)
-        finally:
-            if writer is not None:
-                writer.close()
+                    waiting = pl.concat([waiting, self._raw_users(bucket, trained=trained)])
+                    last = not trained and bucket is self._buckets[-1]
+                    while len(waiting) >= USERS_PER_ROW_GROUP or (last and len(waiting)):
+                        raw, waiting = waiting.head(USERS_PER_ROW_GROUP), waiting.slice(USERS_PER_ROW_GROUP)
+                        numbers = np.arange(number, number + len(raw))
+                        number += len(raw)
+                        writer.write_table(pa.table([numbers, raw.to_arrow()], schema=schema))
+
+    def _raw_users(self, bucket: _BucketSize, *, trained: bool) -> pl.Series:
+        """The ids of a bucket's users that are trained on, or of those that only have targets."""
+        users = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "users.arrow")))
+        raw = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "raw_users.arrow")))["user"].alias("raw")
+        trained_on = users["trained_on"].cast(pl.Boolean)
+        return self._raw(
+            raw.filter(trained_on if trained else ~trained_on & (users["num_targets"] > 0)), self._schema.user
+        )

@@ -175,15 +175,15 @@ def _integers(values: pl.Series, rejects: Rejects) -> pl.Series:
     if bool(same.all(ignore_nulls=False)):
         return numbers
     empty = text.is_null() | (text == "")
-    wide = text.cast(pl.Int128, strict=False)
-    big = (wide >= 2**63) & (wide < 2**64) & (wide.cast(pl.String) == text)
+    wide = text.cast(pl.UInt64, strict=False)
+    big = ((wide >= 2**63) & (wide.cast(pl.String) == text)).fill_null(False)
     digits = text.str.contains(r"^-?[1-9][0-9]*$")
-    fine = empty | same.fill_null(False) | big.fill_null(False)
+    fine = empty | same.fill_null(False) | big
     rejects.note(digits & numbers.is_null() & ~fine, beyond, values)
     rejects.note(~fine, broken, values)
-    wrapped = (wide - 2**64).cast(pl.Int64, strict=False)
+    wrapped = wide.reinterpret(signed=True)
     rejects.note_signs(wrapped.filter(big), negative="big")
-    return wrapped.zip_with(big.fill_null(False), numbers)
+    return wrapped.zip_with(big, numbers)
 
 
 def _times(frame: pl.DataFrame, schema: Schema, *, layout: Layout, rejects: Rejects) -> pl.Series:

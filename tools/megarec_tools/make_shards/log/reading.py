@@ -72,6 +72,8 @@ def _read_delimited(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame,
 def _parse_delimited(piece: Piece, text: bytes, columns: Sequence[str]) -> tuple[pa.Table, list[tuple[int, str]]]:
     assert piece.style is not None
     broken: list[tuple[int, str]] = []
+    if not text.strip():
+        return pa.table({column: pa.array([], pa.large_string()) for column in columns}), broken
 
     def note(row: Any) -> str:
         broken.append((row.number - 1, row.text))
