@@ -42,7 +42,8 @@ def find_user(dataset: Dataset, raw: Any) -> Histories:
 
 def _history(block: Block, row: int, dataset: Dataset) -> Histories:
     events = slice(int(block.offsets[row]), int(block.offsets[row + 1]))
-    fields = {name: block.columns[name][events].astype(np.int32) for name in dataset.fields}
+    columns = {name: column for name, column in block.columns.items() if name != "timestamp"}
+    fields = {name: column[events].astype(np.int32) for name, column in columns.items()}
     without = np.zeros(len(block.columns["item"]), np.int64)
     timestamp = block.columns.get("timestamp", without)[events].astype(np.int64)
     newest = timestamp[-1:] if len(timestamp) else np.zeros(1, np.int64)

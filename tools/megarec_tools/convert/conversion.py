@@ -80,15 +80,15 @@ def compare(trained: Trained, bundle: Path, dataset: Dataset, *, num_users: int)
     opened = open_trained(bundle)
     catalog = open_bundle(bundle).catalog
     from_bundle = opened.local_model(catalog.fields, catalog.item_side())
-    largest, done = 0.0, 0
+    gaps, done = [], 0
     for histories, targets in _questions(dataset, trained.max_history_events):
-        largest = max(largest, _difference(from_checkpoint, from_bundle, histories, targets))
+        gaps.append(_difference(from_checkpoint, from_bundle, histories, targets))
         done += len(histories.user)
         if done >= num_users:
             break
     if not done:
         raise UserError("the eval split has no history to compare on", where=str(dataset.path))
-    return largest, done
+    return float(np.max(gaps)), done
 
 
 def _questions(dataset: Dataset, max_history_events: int) -> Any:
@@ -105,8 +105,7 @@ def _difference(one: LocalModel, other: LocalModel, histories: Histories, target
     first, second = _outputs(one.predict(histories, targets)), _outputs(other.predict(histories, targets))
     if first.keys() != second.keys():
         return float("inf")
-    gaps = [_relative_gap(first[name], second[name]) for name in first]
-    return max(gaps) if not np.isnan(gaps).any() else float("nan")
+    return float(np.max([_relative_gap(first[name], second[name]) for name in first]))  # nan stays nan
 
 
 def _outputs(prediction: Prediction) -> Mapping[str, Tensor]:
