@@ -26,7 +26,7 @@ def world() -> tuple[Catalog, Listens]:
 def replay(catalog: Catalog, events: list[tuple[int, int, int]]) -> tuple[list[int], list[int], int]:
     """Recent items, favourites and mood from (item, played ratio, time) alone, as docs/synthetic_log.md says it."""
     recent: list[int] = [-1] * 3
-    favourites: list[int] = [-1] * 8
+    favourites: list[int] = [-1] * 5
     mood, before = -1, -(10**9)
     for item, ratio, time in events:
         if time - before >= 1_790:
@@ -43,7 +43,7 @@ def replay(catalog: Catalog, events: list[tuple[int, int, int]]) -> tuple[list[i
         lost = holds.index(True) if any(holds) else recent.index(-1) if -1 in recent else 2
         recent = [item, *recent[:lost], *recent[lost + 1 :]]
         if ratio > 100 and item not in favourites:
-            lost = favourites.index(-1) if -1 in favourites else 7
+            lost = favourites.index(-1) if -1 in favourites else 4
             favourites = [item, *favourites[:lost], *favourites[lost + 1 :]]
         mood = int(catalog.genre[item]) if mood == -1 else mood
     return recent, favourites, mood

@@ -17,9 +17,9 @@ from megarec_tools.make_log.draws import Floats, Ints
 from megarec_tools.make_log.state import EMPTY, FAVOURITE_SLOTS, RECENT_SLOTS, State
 
 # The artist that was just played is not the likeliest to go on: a model must look further back than one event.
-GO_ON = (0.13, 0.17, 0.17)
+GO_ON = (0.1, 0.18, 0.18)
 SAME_ARTIST = (0.02, 0.02, 0.02)
-FAVOURITE = 0.025
+FAVOURITE = 0.04
 MOOD = 0.1
 POPULAR = 0.04
 

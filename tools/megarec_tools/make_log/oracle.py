@@ -135,7 +135,7 @@ class OracleFile:
 
     def __init__(self, path: Path, catalog: Catalog, draws: Draws) -> None:
         self._catalog, self._draws, self._heads = catalog, draws, find_heads(catalog)
-        self._file = open_parquet(path, ORACLE_SCHEMA)
+        self._file = open_parquet(path, ORACLE_SCHEMA, repetitive=False)
         self._users = 0
         self._ndcg = 0.0
         self._p_listened = 0.0

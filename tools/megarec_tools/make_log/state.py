@@ -7,7 +7,7 @@ import numpy as np
 from megarec_tools.make_log.draws import Bools, Floats, Ints
 
 RECENT_SLOTS = 3  # artists that a session goes back and forth between
-FAVOURITE_SLOTS = 8  # items that a user comes back to
+FAVOURITE_SLOTS = 5  # items that a user comes back to
 EMPTY = -1
 
 
