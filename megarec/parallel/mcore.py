@@ -3,8 +3,12 @@
 Without CUDA the import hook has to be there before the first module of Megatron-Core, so nobody else imports it.
 """
 
+import warnings
+
 from megarec.parallel.megatron_on_cpu import install
 
+# It warns of every optional package it goes without; what matters to a user is said by our own checks.
+warnings.filterwarnings("ignore", module=r"megatron\.")
 install()
 
 from megatron.core import parallel_state  # noqa: E402

@@ -24,7 +24,8 @@ class ObjectiveConfig:
             uniform draws anew for every target, as the public HSTU tables do.
         num_uniform_negatives: uniform draws from the catalog, per pack or per target.
         correction: the logQ correction: `none`, `standard` or `negatives_only`.
-        chunk_rows: targets whose logits exist at one time.
+        chunk_rows: targets whose logits exist at one time (sampled softmax).
+        chunk_items: items whose logits exist at one time (full softmax).
     """
 
     next_item: Literal["sampled", "full", "none"] = "sampled"
@@ -33,11 +34,12 @@ class ObjectiveConfig:
     negatives: Literal["shared", "per_position"] = "shared"
     num_uniform_negatives: int = 512
     correction: Literal["none", "standard", "negatives_only"] = "standard"
-    chunk_rows: int = 2048
+    chunk_rows: int = 128
+    chunk_items: int = 1024
 
     def __post_init__(self) -> None:
-        if self.num_uniform_negatives < 0 or self.chunk_rows < 1:
-            raise UserError("counts are not negative and chunk_rows is at least 1", where="objective")
+        if self.num_uniform_negatives < 0 or min(self.chunk_rows, self.chunk_items) < 1:
+            raise UserError("num_uniform_negatives is at least 0, a chunk at least 1", where="objective")
         if self.next_item == "sampled" and self.negatives == "per_position" and not self.num_uniform_negatives:
             raise UserError("a sampled softmax needs negatives", where="objective.num_uniform_negatives")
 

@@ -82,7 +82,9 @@ class Objective:
     def _next_item(self, query: Tensor, vectors: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         config, target, scale = self._config, columns["target"], self._model.inverse_temperature()
         if config.next_item == "full":
-            return full_softmax(query, vectors, target=target, inverse_temperature=scale, chunk_items=config.chunk_rows)
+            return full_softmax(
+                query, vectors, target=target, inverse_temperature=scale, chunk_items=config.chunk_items
+            )
         log_q = None if config.correction == "none" else columns["log_q"]
         if config.negatives == "per_position":
             return sampled_softmax_per_position(

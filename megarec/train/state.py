@@ -104,8 +104,6 @@ def _table_pieces(tables: TableGroup, trainer: Trainer) -> list[Piece]:
     world = trainer.groups.world
     pieces = []
     for name, values in tables.state_pieces().items():
-        if name == "step":
-            continue
         index = PieceIndex(
             name=f"{TABLES}/{name}",
             global_shape=(tables.num_rows, *values.shape[1:]),

@@ -31,7 +31,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "hstu": {"model": SMALL_HSTU},
     "argus, interleaved": {"model": {**SMALL_ARGUS, "token_layout": "context_item_feedback"}},
     "hstu, item and action": {"model": {**SMALL_HSTU, "token_layout": "item_action"}},
-    "full softmax": {"objective": {"next_item": "full", "chunk_rows": 7}},
+    "full softmax": {"objective": {"next_item": "full", "chunk_items": 7}},
     "per-position negatives": {
         "objective": {"negatives": "per_position", "num_uniform_negatives": 5, "correction": "none"}
     },
