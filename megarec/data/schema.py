@@ -169,8 +169,11 @@ def parse_schema(text: str, *, where: str) -> Schema:
         raise UserError(str(error), where=where) from None
 
 
-_USER_NAMES = ("user", "uid", "userid", "customerid", "visitorid", "memberid", "accountid", "reviewerid")
-_ITEM_NAMES = ("item", "itemid", "iid", "movieid", "productid", "trackid", "videoid", "parentasin", "asin", "articleid")
+_USER_NAMES = ("user", "uid", "userid", "customer", "customerid", "visitorid", "memberid", "accountid", "reviewerid")
+_ITEM_NAMES = (
+    *("item", "itemid", "iid", "movie", "movieid", "product", "productid", "song", "songid", "track", "trackid"),
+    *("video", "videoid", "article", "articleid", "contentid", "parentasin", "asin"),
+)
 _TIME_NAMES = ("timestamp", "time", "ts", "timems", "eventtime", "datetime", "date", "createdat", "unixreviewtime")
 _FEEDBACK = (
     "rating",

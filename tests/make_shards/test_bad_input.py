@@ -52,7 +52,7 @@ def rows(num=40):
 def test_a_good_log_passes(attempt, tmp_path):
     code, _, out = attempt(HEADER + rows())
     assert code == 0
-    assert "users                 5" in " ".join(out.split()) or "users" in out
+    assert "users 5 users of one event 0 items 7 events 40" in " ".join(out.split())
     assert pq.read_table(tmp_path / "made/rejects.parquet").num_rows == 0
 
 

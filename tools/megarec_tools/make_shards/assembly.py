@@ -123,11 +123,6 @@ class Assembly:
         self._write_items(vocabularies)
         self._write_users()
 
-    @property
-    def num_events_to_write(self) -> int:
-        """About as many events as `build_shard` will write."""
-        return self.counts["train_events"] + (self.counts["events"] if self._rule.cut_us is None else 0)
-
     def shard_tasks(self) -> Iterator[ShardTask]:
         """Every shard of the dataset, in order."""
         per_shard = self._config.users_per_block * self._config.blocks_per_shard

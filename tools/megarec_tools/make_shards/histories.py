@@ -90,6 +90,7 @@ def build_bucket(task: BucketTask) -> BucketResult:
             "one_event_users": int((lengths == 1).sum()),
             "train_events": int(train.sum()),
             "targets": int(target.sum()),
+            "eval_history_events": int(split.num_history[split.num_targets > 0].sum()),
             "gap_events": int((~history & ~target).sum()),
             "users_without_target": int((split.num_targets == 0).sum()),
             "eval_users_without_history": int(((split.num_targets > 0) & (split.num_history == 0)).sum()),

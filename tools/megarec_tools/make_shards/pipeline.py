@@ -34,7 +34,7 @@ from megarec_tools.make_shards.partition import PartitionTask, partition_piece
 from megarec_tools.make_shards.processes import OrderedMap, workers
 from megarec_tools.make_shards.shards import build_shard
 from megarec_tools.make_shards.split import SplitRule
-from megarec_tools.make_shards.summary import RejectedRows, format_table
+from megarec_tools.make_shards.summary import COUNTS, RejectedRows, format_table
 
 EVENTS_PER_BUCKET = 1 << 20
 MAX_BUCKET_BITS = 12
@@ -125,8 +125,10 @@ class _Maker:
         )
         self._build_buckets(spills, assembly, num_buckets=1 << max(0, bits))
         assembly.finish_tables()
+        counts = self.counts + assembly.counts
+        num_rows = sum(counts[key] for key in ("train_events", "eval_history_events", "targets"))
         shards = []
-        with bar(title="write", total=assembly.num_events_to_write, unit=" rows") as progress:
+        with bar(title="write", total=num_rows, unit=" rows") as progress:
             for shard in self.ordered_map(build_shard, assembly.shard_tasks()):
                 shards.append(shard)
                 progress.update(shard.events + shard.targets)
@@ -137,7 +139,7 @@ class _Maker:
             schema=self.layout.schema,
             fields=assembly.fields,
             split=self.rule.describe(),
-            counts=dict(self.counts) | assembly.counts,
+            counts={key: counts[key] for key in COUNTS},
             shards=shards,
             has_timestamps=self.layout.schema.timestamp is not None,
         )

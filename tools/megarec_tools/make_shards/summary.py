@@ -8,26 +8,28 @@ import polars as pl
 from megarec.base.errors import UserError
 
 EARLY_ROWS = 100_000
-_ROWS = (
-    ("rows", "rows read"),
-    ("rows_filtered", "rows left out by the schema's keep"),
-    ("rows_rejected", "rows rejected"),
-    ("duplicates", "rows that repeat another"),
-    ("users", "users"),
-    ("one_event_users", "users of one event"),
-    ("items", "items"),
-    ("events", "events"),
-    ("train_users", "train users"),
-    ("train_events", "train events"),
-    ("gap_events", "events in the gap, unused"),
-    ("eval_users", "eval users"),
-    ("targets", "eval targets"),
-    ("users_without_target", "users without a target"),
-    ("eval_users_without_history", "eval users without history"),
-    ("targets_unseen", "eval targets whose item is unseen in train"),
-    ("items_unseen", "items unseen in train"),
-    ("item_side_conflicts", "items with several values of an item-side field"),
-)
+COUNTS = {
+    "rows": "rows read",
+    "rows_filtered": "rows left out by the schema's keep",
+    "rows_rejected": "rows rejected",
+    "duplicates": "rows that repeat another",
+    "users": "users",
+    "one_event_users": "users of one event",
+    "items": "items",
+    "events": "events",
+    "train_users": "train users",
+    "train_events": "train events",
+    "gap_events": "events in the gap, unused",
+    "eval_users": "eval users",
+    "eval_history_events": "events in their histories",
+    "eval_users_without_history": "eval users without history",
+    "users_without_target": "users without a target",
+    "targets": "eval targets",
+    "targets_unseen": "eval targets whose item is unseen in train",
+    "items_unseen": "items unseen in train",
+    "item_side_conflicts": "items with several values of an item-side field",
+}
+_ALWAYS = ("rows", "rows_rejected", "duplicates", "users", "one_event_users", "items", "events", "items_unseen")
 
 
 class RejectedRows:
@@ -95,10 +97,9 @@ class RejectedRows:
 def format_table(counts: dict[str, int], by_reason: dict[str, int]) -> str:
     """The counts as aligned lines, the reasons of rejects below their sum; zeros that say nothing are left out."""
     lines: list[tuple[str, int]] = []
-    always = ("rows", "rows_rejected", "duplicates", "users", "one_event_users", "items", "events", "targets")
-    for key, title in _ROWS:
-        if counts.get(key) or key in always or key == "items_unseen":
-            lines.append((title, counts.get(key, 0)))
+    for key, title in COUNTS.items():
+        if counts[key] or key in _ALWAYS:
+            lines.append((title, counts[key]))
         if key == "rows_rejected":
             lines += [(f"  {reason}", count) for reason, count in sorted(by_reason.items(), key=lambda x: -x[1])]
     width = max(len(title) for title, _ in lines)
