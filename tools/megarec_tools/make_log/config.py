@@ -27,7 +27,7 @@ class MakeLogConfig:
         session_events: mean number of listens in a session.
         listens_only: leave out the rows for likes, unlikes, dislikes and undislikes.
         events_per_file: mean number of listens per file.
-        chunk_events: listens made at once, about; memory is proportional to it, the output does not depend on it.
+        chunk_events: listens made at once, about, and never less than 256 users; sets the memory, not the output.
     """
 
     output: str

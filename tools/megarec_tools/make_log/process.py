@@ -28,8 +28,9 @@ MAX_PAUSE_SECONDS = 4.0
 class Plan:
     """What is fixed about each user before the first step; rows are users, the longest first.
 
-    `begins[e]` marks the events that start a session and `session_time[e]` when that is due; `organic[e]` is the
-    context. Event `t` of row `r` is `e = offset[r] + t`, user by user in the order of their numbers.
+    Event `t` of row `r` is `e = offset[r] + t`, user by user in the order of their numbers. `begins[e]` marks the
+    events that start a session, `session[e]` is the number of the session, under which `session_time` says when it is
+    due, in seconds, and `engagement` how it goes; `organic[e]` is the context.
     """
 
     user: Ints
@@ -41,6 +42,7 @@ class Plan:
     begins: Bools
     session: Ints
     session_time: Floats
+    engagement: Floats
     organic: Bools
 
 
@@ -78,13 +80,12 @@ def make_plan(config: MakeLogConfig, draws: Draws, users: Ints) -> Plan:
     session = np.cumsum(begins) - 1
     first_session = session[first]
     num_sessions = np.diff(np.append(first_session, session[-1] + 1))
-    session -= np.repeat(first_session, length)
-    session_counter = counter - step + session
+    in_user = np.arange(num_sessions.sum()) - np.repeat(first_session, num_sessions)
+    session_counter = np.repeat(users * COUNTERS_PER_USER, num_sessions) + in_user
     begin = LATEST_BEGIN * draws.uniform("first day", users)
     end = 1.0 - (1.0 - EARLIEST_END) * draws.uniform("last day", users)
-    share = (session + draws.uniform("session time", session_counter)) / np.repeat(num_sessions, length)
-    session_time = config.duration_seconds * (np.repeat(begin, length) + np.repeat(end - begin, length) * share)
-    organic = draws.uniform("organic session", session_counter) < ORGANIC_SESSIONS
+    share = (in_user + draws.uniform("session time", session_counter)) / np.repeat(num_sessions, num_sessions)
+    organic = (draws.uniform("organic session", session_counter) < ORGANIC_SESSIONS)[session]
     organic ^= draws.uniform("organic flip", counter) < ORGANIC_FLIPS
 
     rows = np.argsort(-length, kind="stable")
@@ -98,7 +99,9 @@ def make_plan(config: MakeLogConfig, draws: Draws, users: Ints) -> Plan:
         taste_turned=draws.normal("taste turned", genres),
         begins=begins,
         session=session,
-        session_time=session_time,
+        session_time=config.duration_seconds
+        * (np.repeat(begin, num_sessions) + np.repeat(end - begin, num_sessions) * share),
+        engagement=draws.normal("engagement", session_counter),
         organic=organic,
     )
 
@@ -118,7 +121,7 @@ def make_listens(
         here, ahead = slice(int(active[step])), slice(int(active[step + 1]))
         now, event = state.rows(here), plan.offset[here] + step
         counter = plan.user[here] * COUNTERS_PER_USER + step
-        _begin_sessions(config, catalog, draws, plan=plan, now=now, event=event)
+        _begin_sessions(config, catalog, plan, now=now, event=event)
         items = choose_items(
             catalog,
             now,
@@ -153,20 +156,17 @@ def make_listens(
     )
 
 
-def _begin_sessions(
-    config: MakeLogConfig, catalog: Catalog, draws: Draws, *, plan: Plan, now: State, event: Ints
-) -> None:
+def _begin_sessions(config: MakeLogConfig, catalog: Catalog, plan: Plan, *, now: State, event: Ints) -> None:
     """Users whose event starts a session: time passes, recent artists and mood are forgotten, the taste has turned."""
     row = np.flatnonzero(plan.begins[event])
-    due = plan.session_time[event[row]]
-    now.time[row] = np.maximum(due, now.time[row] + SESSION_GAP_SECONDS)
+    session = plan.session[event[row]]
+    now.time[row] = np.maximum(plan.session_time[session], now.time[row] + SESSION_GAP_SECONDS)
+    now.engagement[row] = plan.engagement[session]
     now.recent[row] = EMPTY
     now.mood[row] = EMPTY
     angle = 2.0 * np.pi * config.taste_drift / config.duration_seconds * now.time[row, None]
     now.taste[row] = np.cos(angle) * plan.taste_now[row] + np.sin(angle) * plan.taste_turned[row]
     now.genre_ends[row] = genre_ends_of(catalog, now.taste[row], config.taste_strength)
-    session = plan.user[row] * COUNTERS_PER_USER + plan.session[event[row]]
-    now.engagement[row] = draws.normal("engagement", session)
 
 
 def _remember(catalog: Catalog, state: State, *, item: Ints, ratio: Ints, favourite: Bools) -> None:
