@@ -1,8 +1,9 @@
-"""Small Python objects between the ranks of a group."""
+"""Tensors and small Python objects between the ranks of a group."""
 
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megarec.parallel.groups import Group
 
@@ -16,6 +17,12 @@ def broadcast_object(value: Any, group: Group) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group=group.process_group, group_src=0)
     return box[0]
+
+
+def broadcast_tensor(tensor: Tensor, group: Group) -> Tensor:
+    """The values of the first rank of `group` in `tensor`, in place, on every rank of it. Collective."""
+    dist.broadcast(tensor, group=group.process_group, group_src=0)
+    return tensor
 
 
 def gather_objects(value: T, group: Group) -> list[T]:

@@ -52,6 +52,7 @@ class ParallelGroups:
         pipeline: the ranks that hold the other stages.
         context: the ranks that hold the other tokens of its packs.
         model: tensor and pipeline ranks together, the ranks of one whole copy of the weights.
+        replica: those and the context ranks, the ranks that work on the same packs.
     """
 
     layout: LayoutConfig
@@ -62,6 +63,7 @@ class ParallelGroups:
     pipeline: Group
     context: Group
     model: Group
+    replica: Group
 
 
 def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
@@ -108,6 +110,7 @@ def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
         pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
         context=_group(parallel_state.get_context_parallel_group()),
         model=_group(parallel_state.get_model_parallel_group()),
+        replica=_group(_make_replica_group(parallel_state.get_data_parallel_rank(), layout.data(process.world))),
     )
 
 
@@ -130,6 +133,15 @@ def _choose_device(process: ProcessInfo) -> torch.device:
         )
     torch.cuda.set_device(process.local_rank)
     return torch.device("cuda", process.local_rank)
+
+
+def _make_replica_group(data_rank: int, num_replicas: int) -> dist.ProcessGroup:
+    """The ranks with the same data-parallel rank; every rank takes part in making every group."""
+    data_ranks = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(data_ranks, torch.tensor(data_rank))
+    members = [[rank for rank, data in enumerate(data_ranks) if data == replica] for replica in range(num_replicas)]
+    group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(members)[0]
+    return group
 
 
 def _group(process_group: dist.ProcessGroup | None) -> Group:

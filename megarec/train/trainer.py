@@ -27,6 +27,7 @@ from megarec.train.batches import BatchMaker, PackBatch, PackFeed, StepBatch
 from megarec.train.config import TrainConfig
 from megarec.train.hooks import Hook
 from megarec.train.objective import Objective
+from megarec.train.replica import share_step
 from megarec.train.step import Machinery, StepResult, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,7 +93,8 @@ class Trainer:
         """Trains up to `config.num_steps` steps. Collective."""
         row_map = RowMap(self.shape, self.machinery.tables.first_row, self.dataset.item_side())
         maker = BatchMaker(row_map, self.dataset.item_counts(), self.config.objective, seed=self.config.seed)
-        feed = PackFeed(self._stream, maker, depth=self.config.stream.prefetch_steps)
+        reads = self.groups.replica.rank == 0
+        feed = PackFeed(self._stream, maker, depth=self.config.stream.prefetch_steps) if reads else None
         try:
             for hook in self._hooks:
                 hook.start(self)
@@ -103,11 +105,13 @@ class Trainer:
             for hook in self._hooks:
                 hook.finish(self)
         finally:
-            feed.close()
+            if feed is not None:
+                feed.close()
+            self._stream.close()
 
-    def _take_step(self, feed: PackFeed) -> StepResult:
+    def _take_step(self, feed: PackFeed | None) -> StepResult:
         started = time.perf_counter()
-        batch = feed.take()
+        batch = share_step(feed.take() if feed is not None else None, self.groups.replica)
         waited = time.perf_counter() - started
         self.learning_rate = learning_rate(self.step, self.config.optimizer, num_steps=self.config.num_steps)
         result = train_step(self.machinery, batch, learning_rate=self.learning_rate)
