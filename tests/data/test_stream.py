@@ -369,3 +369,12 @@ def test_damage_is_named_by_the_step_that_meets_it(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(UserError, match="the shard is missing"):
         TrainStream(dataset, config_of(lanes=1), lanes=[0])
+
+
+def test_every_epoch_gives_a_lane_other_blocks_in_another_order(dataset: Dataset) -> None:
+    stream = TrainStream(dataset, config_of(lanes=2), lanes=[0])
+    users: list[set[int]] = [set(), set(), set()]
+    while (packs := stream.next_step())[0].epoch < 3:
+        users[packs[0].epoch].update(packs[0].user.tolist())
+    stream.close()
+    assert users[0] != users[1] != users[2] != users[0]
