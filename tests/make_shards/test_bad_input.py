@@ -171,6 +171,15 @@ def test_truncated_files(attempt, tmp_path, capsys, monkeypatch):
     assert code == 2 and "damaged or truncated Parquet file" in line and "l.parquet" in line
 
 
+def test_a_column_of_lists_where_one_value_belongs(tmp_path, capsys, monkeypatch):
+    ones = [1, 2]
+    good = dict.fromkeys(("uid", "item_id", "timestamp", "is_organic", "played_ratio_pct"), ones)
+    for column in good:
+        pq.write_table(pa.table({**good, column: [[1], [2]]}), tmp_path / "l.parquet")
+        code, line, _ = run(capsys, monkeypatch, f"input={tmp_path}/l.parquet", f"output={tmp_path}/d", "schema=yambda")
+        assert code == 2 and f"the column '{column}'" in line
+
+
 def test_damage_inside_parquet(tmp_path, capsys, monkeypatch):
     table = pa.table({n: list(range(1000)) for n in ("uid", "item_id", "timestamp", "is_organic", "played_ratio_pct")})
     pq.write_table(table, tmp_path / "l.parquet", compression="zstd")
@@ -256,12 +265,27 @@ def test_bad_json_lines(attempt):
         ("[1,2]", "no JSON object"),
         ('{"user": {"a": 1}, "item": 1, "time": 1}', "'user' is not an integer"),
         ('{"item": 1, "time": 1}', "no id in 'user'"),
+        ('{"user": [1, 2], "item": 1, "time": 1}', "'user' is not an integer"),
+        ('{"user": 1, "item": 1, "time": [1]}', "'time' is not a time"),
         ("[" * 100_000, "no JSON object"),
     ):
         code, message, _ = attempt(good + line + "\n", name="log.jsonl")
         assert code == 2 and reason in message and "row 21" in message
     code, message, _ = attempt(good.replace("user", "usr"), name="log.jsonl")
     assert code == 2 and "no column 'user'" in message and "'usr'" in message
+
+
+def test_bytes_that_are_not_utf_8(attempt):
+    good = b"user,item,time\n" + b"".join(b"u%d,caf\xc3\xa9 %d,%d\n" % (n % 3, n, n) for n in range(20))
+    code, line, _ = attempt(good + b"u1,caf\xe9,5\n")
+    assert code == 2 and "(1 x 'item' is not UTF-8 text)" in line and "row 21 of" in line
+    code, line, _ = attempt(good.decode().encode("utf-16"))
+    assert code == 2 and "UTF-16" in line
+
+
+def test_keep_with_values_of_another_type(attempt):
+    code, line, _ = attempt(HEADER + rows(), schema={"keep": {"user": ["1.2.3", "x"]}})
+    assert code == 2 and "no rows to use" in line
 
 
 def test_a_schema_file_runs_no_code(tmp_path, capsys, monkeypatch):

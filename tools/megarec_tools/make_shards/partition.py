@@ -13,7 +13,7 @@ from megarec.base.random import derive_key, hash_numpy
 from megarec_tools.make_shards.log.cleaning import clean, keep_rows
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.log.pieces import Piece
-from megarec_tools.make_shards.log.reading import read_piece
+from megarec_tools.make_shards.log.reading import list_columns_of, read_piece
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -51,7 +51,7 @@ class PartitionResult:
 def partition_piece(task: PartitionTask) -> PartitionResult:
     """Runs one task."""
     schema = task.layout.schema
-    raw, broken = read_piece(task.piece, schema.columns())
+    raw, broken = read_piece(task.piece, schema.columns(), list_columns=list_columns_of(schema))
     kept = keep_rows(raw, schema.keep)
     frame, rejects = clean(kept, task.layout)
     hashes = hash_users(frame["user"], seed=task.seed)

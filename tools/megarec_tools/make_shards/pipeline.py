@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from pyarrow import parquet
 
 from megarec.base.config import plain
 from megarec.base.errors import UserError
@@ -84,7 +85,9 @@ def _open_log(config: MakeShardsConfig) -> tuple[LogFiles, Schema]:
 def _num_processes(config: MakeShardsConfig, files: LogFiles) -> int:
     if config.num_processes:
         return config.num_processes
-    return 1 if files.num_bytes < SMALL_LOG_BYTES else len(os.sched_getaffinity(0))
+    if files.num_bytes < SMALL_LOG_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Maker:
@@ -133,7 +136,7 @@ class _Maker:
                 shards.append(shard)
                 progress.update(shard.events + shard.targets)
         shutil.rmtree(self.work)
-        rejected.frame().write_parquet(self.staging / "rejects.parquet")
+        parquet.write_table(rejected.frame().to_arrow(), self.staging / "rejects.parquet")
         dataset = Dataset(
             path=self.staging,
             schema=self.layout.schema,

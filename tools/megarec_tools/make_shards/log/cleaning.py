@@ -1,6 +1,5 @@
 """From raw columns to ids, times and numbers of one type; rows that cannot be used are named with their reason."""
 
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -62,8 +61,8 @@ def keep_rows(frame: pl.DataFrame, keep: dict[str, list[Any]]) -> pl.DataFrame:
     """The rows whose columns hold one of the values that `keep` lists."""
     for column, values in keep.items():
         if frame[column].dtype.is_numeric():
-            numbers = [float(v) for v in values if not isinstance(v, str) or re.fullmatch(r"-?[0-9.]+", v)]
-            frame = frame.filter(pl.col(column).cast(pl.Float64).is_in(numbers))
+            numbers = pl.Series(map(str, values), dtype=pl.String).cast(pl.Float64, strict=False).drop_nulls()
+            frame = frame.filter(pl.col(column).cast(pl.Float64).is_in(numbers.implode()))
         else:
             texts = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
             frame = frame.filter(pl.col(column).cast(pl.String).is_in(texts))

@@ -60,6 +60,9 @@ def decide_layout(sample: pl.DataFrame, schema: Schema) -> Layout:
     Raises:
         UserError: a column has a type that cannot be what the schema says.
     """
+    for column in (schema.user, schema.item, *([schema.timestamp] if schema.timestamp else [])):
+        if sample[column].dtype.is_nested():
+            raise UserError(f"the column '{column}' is a {sample[column].dtype}, not one value")
     id_columns = [schema.user, schema.item, *(f.column for f in schema.fields.values() if f.kind == "id")]
     category_columns = [f.column for f in schema.fields.values() if f.kind == "categorical"]
     integers = {c for c in id_columns if c not in schema.text_columns and _holds_integers(sample[c], text_counts=True)}

@@ -166,13 +166,13 @@ def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
 def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
     quoted = file_format == "csv" and text_style(schema, file_format).quoted
     skip_header = file_format != "jsonl" and not schema.column_names
-    rest, read_so_far = b"", 0
+    rest, read_so_far = bytearray(), 0
     for data, position in _decompressed(path):
         rest += data
         if skip_header:
             if b"\n" not in rest:
                 continue
-            rest = rest.split(b"\n", 1)[1]
+            del rest[: rest.index(b"\n") + 1]
             skip_header = False
         if len(rest) < PIECE_BYTES:
             continue
@@ -181,13 +181,14 @@ def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Itera
             if len(rest) > MAX_ROW_BYTES:
                 raise UserError(f"a row is longer than {MAX_ROW_BYTES >> 20} MB", where=str(path))
             continue
-        yield (), rest[:end], position - read_so_far
-        rest, read_so_far = rest[end:], position
+        yield (), bytes(rest[:end]), position - read_so_far
+        del rest[:end]
+        read_so_far = position
     if rest and not skip_header:
-        yield (), rest, path.stat().st_size - read_so_far
+        yield (), bytes(rest), path.stat().st_size - read_so_far
 
 
-def _last_row_end(text: bytes, *, quoted: bool) -> int:
+def _last_row_end(text: bytearray, *, quoted: bool) -> int:
     """Just behind the last line break that is not inside quotes; 0 when there is none."""
     last = text.rfind(b"\n") + 1
     if not quoted or not last:
@@ -212,7 +213,7 @@ def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
         if first and data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError("the text is UTF-16", where=str(path), fix="Convert it to UTF-8")
         yield data.removeprefix(_BOM) if first else data, position
-        first = False
+        first = first and not data
 
 
 def _plain(path: Path) -> Iterator[tuple[bytes, int]]:

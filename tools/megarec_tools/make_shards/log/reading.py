@@ -1,6 +1,6 @@
 """From a piece of a log to a polars frame of its raw columns; lines that are no rows are named, not lost."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,17 @@ NOT_SCALAR = "\x00"  # stands for an object where a value should be; no id or nu
 UNREADABLE = "\ufffd"  # what bytes that are not UTF-8 become
 
 
-def read_piece(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+def read_piece(
+    piece: Piece, columns: Sequence[str], *, list_columns: Collection[str] | None = None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Reads the `columns` of a piece.
 
-    Values of text formats stay text (JSON lists: lists of text), so that nothing is guessed per piece.
+    Values of text formats stay text, so that nothing is guessed per piece.
+
+    Args:
+        piece: what to read.
+        columns: the columns to read.
+        list_columns: JSON lines: the columns of lists; None takes those where a list occurs.
 
     Returns:
         The rows with their number `#row` in the piece (from 0), and the lines that are no rows: `row`, `reason`,
@@ -40,8 +47,13 @@ def read_piece(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.D
     if piece.format == "parquet":
         return _read_parquet(piece, columns)
     if piece.format == "jsonl":
-        return _read_json_lines(piece.text, columns)
+        return _read_json_lines(piece.text, columns, list_columns=list_columns)
     return _read_delimited(piece, columns)
+
+
+def list_columns_of(schema: Schema) -> set[str]:
+    """The columns that fields of several values are read from."""
+    return {field.column for field in schema.fields.values() if field.max_values > 1}
 
 
 def _read_parquet(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -104,7 +116,9 @@ def _parse_delimited(piece: Piece, text: bytes, columns: Sequence[str]) -> tuple
     return table, broken
 
 
-def _read_json_lines(text: bytes, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _read_json_lines(
+    text: bytes, columns: Sequence[str], *, list_columns: Collection[str] | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     values: dict[str, list[Any]] = {column: [] for column in columns}
     numbers: list[int] = []
     broken: list[tuple[int, str]] = []
@@ -119,8 +133,7 @@ def _read_json_lines(text: bytes, columns: Sequence[str]) -> tuple[pl.DataFrame,
             items.append(row.get(column))
     series = [pl.Series("#row", numbers, dtype=pl.Int64)]
     for column, items in values.items():
-        is_list = any(isinstance(item, list) for item in items)
-        if is_list:
+        if column in list_columns if list_columns is not None else any(isinstance(item, list) for item in items):
             lists = [item if isinstance(item, list) else [] if item is None else [item] for item in items]
             texts = [[_as_text(value) for value in item] for item in lists]
             series.append(pl.Series(column, texts, dtype=pl.List(pl.String)))
@@ -161,7 +174,9 @@ def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | Non
                 raise damaged_parquet(path, error) from None
             frame = pl.DataFrame(pl.from_arrow(batch)) if batch is not None else pl.DataFrame()
         else:
-            frame = read_piece(first_text_piece(path, files.format, schema=schema), columns)[0].head(SAMPLE_ROWS)
+            piece = first_text_piece(path, files.format, schema=schema)
+            lists = list_columns_of(schema) if schema else None
+            frame = read_piece(piece, columns, list_columns=lists)[0].head(SAMPLE_ROWS)
         if len(frame):
             return frame.select(columns)
     raise UserError("the log has no rows", where=str(files.paths[0]), fix="Check input")
