@@ -15,11 +15,12 @@ from megarec.checkpoint.save import CheckpointWriter
 from megarec.data.dataset import open_dataset
 from megarec.parallel.groups import ProcessInfo, start, stop
 from megarec.train import state
-from megarec.train.checkpoint_hook import CheckpointHook, EvaluationHook, Evaluator
 from megarec.train.checks import check_dataset, check_run
 from megarec.train.config import TrainConfig
-from megarec.train.hooks import Hook
-from megarec.train.logging_hook import LoggingHook
+from megarec.train.hooks.checkpoint import CheckpointHook
+from megarec.train.hooks.evaluation import EvaluationHook, Evaluator
+from megarec.train.hooks.hook import Hook
+from megarec.train.hooks.logging import LoggingHook
 from megarec.train.trainer import Trainer
 
 # What may change when a run goes on: everything else would make it another run.

@@ -25,7 +25,7 @@ from megarec.parallel.megatron_parts import megatron_parts
 from megarec.parallel.placement import initialize
 from megarec.train.batches import BatchMaker, PackBatch, PackFeed, StepBatch
 from megarec.train.config import TrainConfig
-from megarec.train.hooks import Hook
+from megarec.train.hooks.hook import Hook
 from megarec.train.objective import Objective
 from megarec.train.replica import share_step
 from megarec.train.step import Machinery, StepResult, train_step

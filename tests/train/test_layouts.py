@@ -18,7 +18,7 @@ from megarec.parallel.mcore import DistributedDataParallel
 from megarec.parallel.placement import placements
 from megarec.train import objective as objective_module
 from megarec.train.config import TrainConfig
-from megarec.train.hooks import Hook
+from megarec.train.hooks.hook import Hook
 from megarec.train.state import whole_weights
 from megarec.train.trainer import Trainer, build_machinery
 from tests.inference.synthetic import write_world

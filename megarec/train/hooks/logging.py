@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarec.train.hooks import Hook
-from megarec.train.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
+from megarec.train.hooks.hook import Hook
+from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
 from megarec.train.step import StepResult
 from megarec.train.trainer import DTYPES, Trainer
 

@@ -1,4 +1,4 @@
-"""Checkpoints between steps, and periodic evaluation that names the best one."""
+"""Periodic evaluation, which names the best checkpoint."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from megarec.base.errors import UserError, nearest
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.parallel.broadcast import broadcast_object, gather_objects
 from megarec.train import state
-from megarec.train.hooks import Hook
-from megarec.train.logging_hook import keep_until
+from megarec.train.hooks.hook import Hook
+from megarec.train.hooks.logging import keep_until
 from megarec.train.step import StepResult
 from megarec.train.trainer import Trainer
 
@@ -26,26 +26,6 @@ class Evaluator(Protocol):
     def summarize(self, trainer: Trainer, shares: list[Any]) -> dict[str, float]:
         """The metrics of all shares together, such as `ndcg@10`; the same on every rank."""
         ...
-
-
-class CheckpointHook(Hook):
-    """Writes a checkpoint every `checkpoint.every_steps` steps and after the last."""
-
-    def __init__(self, writer: CheckpointWriter) -> None:
-        self._writer = writer
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Begins a save when one is due; completes one that is ready."""
-        every = trainer.config.checkpoint.every_steps
-        last = trainer.step == trainer.config.num_steps
-        if last or (every and trainer.step % every == 0):
-            state.save(self._writer, trainer)
-        else:
-            self._writer.poll()
-
-    def finish(self, trainer: Trainer) -> None:
-        """Waits for the last save."""
-        self._writer.finish()
 
 
 class EvaluationHook(Hook):
