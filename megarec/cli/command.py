@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -70,7 +70,13 @@ def defaults_of(kind: type) -> dict[str, Any]:
 def _compose(kind: type, presets: str | None, overrides: list[str]) -> dict[str, Any]:
     store = ConfigStore.instance()
     store.store(name="defaults", node=defaults_of(kind))
-    with initialize_config_module(config_module="megarec.conf", version_base="1.3"):
+    # without presets the groups of megarec.conf must stay out of sight: `model=` is then a key like any other
+    folder = (
+        initialize_config_module(config_module="megarec.conf", version_base="1.3")
+        if presets
+        else initialize(config_path=None, version_base="1.3")
+    )
+    with folder:
         try:
             composed = compose(config_name=presets or "defaults", overrides=overrides)
             missing = sorted(OmegaConf.missing_keys(composed))
@@ -94,8 +100,9 @@ def _explain(error: Exception, presets: str | None, overrides: list[str]) -> Use
         known = []
     for override in overrides:
         key = override.split("=")[0]
-        if known and key not in known and not any(k.startswith(f"{key}.") for k in known):
-            return UserError(f"unknown key '{key}'", fix=nearest(key, known))
+        groups = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
+        if known and key not in known and key not in groups:
+            return UserError(f"unknown key '{key}'", fix=nearest(key, [*known, *groups]))
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(first_line, where="command line")
 
