@@ -111,8 +111,9 @@ class Assembly:
         self.counts["users"] = self.counts["train_users"] + sum(b.eval_only_users for b in self._buckets)
         for side, key in (("train on", "train_events"), ("evaluate", "targets")):
             if not self.counts[key]:
-                span = f"its times run from {self._time_range[0]} to {self._time_range[1]}" if self._time_range else ""
-                raise UserError(f"the split leaves nothing to {side}", where="split", fix=f"Check the log: {span}")
+                low, high = self._time_range or (0, 0)
+                fix = f"The log has {self.counts['events']} events, with times from {low} to {high}"
+                raise UserError(f"the split leaves nothing to {side}", where="split", fix=fix)
         (self._staging / "vocab").mkdir()
         (self._work / "vocabularies").mkdir()
         vocabularies = {name: self._vocabulary(name) for name in self._values}
