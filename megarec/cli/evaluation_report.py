@@ -32,12 +32,9 @@ def print_tables(results: Sequence[Result], *, metrics: Sequence[str]) -> None:
         say(f"{counts['users']:,} users, {counts['targets']:,} targets; {describe_protocol(ranked[0])}")
         rows = [[r.name, *(_ranking_cell(r, name) for name in shown)] for r in ranked]
         say(align([["", *shown], *rows]))
+        say("± is one standard error over users")
     for field in dict.fromkeys(name for result in results for name in result.feedback):
-        rows = [[r.name, *_feedback_cells(r.feedback[field])] for r in results if field in r.feedback]
-        rows += _better_rate(results, field)
-        count = next(r.feedback[field]["count"] for r in results if field in r.feedback)
-        say(f"\nfeedback '{field}' of {count:,.0f} targets")
-        say(align([["", *FEEDBACK_COLUMNS], *rows]))
+        _print_feedback(results, field)
 
 
 def describe_protocol(result: Result) -> str:
@@ -101,22 +98,27 @@ def _ranking_cell(result: Result, name: str) -> str:
     return "-" if estimate is None else f"{estimate.value:.4f} ±{_number(estimate.standard_error):.4f}"
 
 
-def _feedback_cells(measures: dict[str, float]) -> list[str]:
-    return [f"{measures[name]:.4f}" if name in measures else "-" for name in FEEDBACK_COLUMNS]
+def _print_feedback(results: Sequence[Result], field: str) -> None:
+    measured = {result.name: result.feedback[field] for result in results if field in result.feedback}
+    rates = [measures for name, measures in measured.items() if name.endswith(" rate")]
+    if len(rates) > 1:
+        measured["better rate"] = better_of(rates)
+    shown = [name for name in FEEDBACK_COLUMNS if any(name in measures for measures in measured.values())]
+    cells = [[name, *(f"{m[c]:.4f}" if c in m else "-" for c in shown)] for name, m in measured.items()]
+    say(f"\nfeedback '{field}' of {next(iter(measured.values()))['count']:,.0f} targets")
+    say(align([["", *shown], *cells]))
 
 
-def _better_rate(results: Sequence[Result], field: str) -> list[list[str]]:
-    """The better of the two rates by each measure: what a head must beat."""
-    rates = [r.feedback[field] for r in results if r.name.endswith(" rate") and field in r.feedback]
-    if len(rates) < 2:
-        return []
-    best: dict[str, float] = {}
+def better_of(rates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The best value of each measure: what a head must beat. Higher is better for AUC, 1 for calibration."""
+    best = {}
     for name in FEEDBACK_COLUMNS:
         values = [rate[name] for rate in rates if name in rate]
-        if values:
-            distance = {"auc": -1.0, "gauc": -1.0}.get(name, 1.0)
-            best[name] = min(values, key=lambda v: abs(v - 1) if name == "calibration" else distance * v)
-    return [["better rate", *_feedback_cells(best)]]
+        if values and name in ("auc", "gauc"):
+            best[name] = max(values)
+        elif values:
+            best[name] = min(values, key=lambda value: abs(value - 1) if name == "calibration" else value)
+    return best
 
 
 def _number(value: float) -> float:
