@@ -65,7 +65,7 @@ def parse_request(line: str, *, where: str) -> Request:
     """
     try:
         raw = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise UserError(f"not valid JSON ({error})", where=where) from None
     if not isinstance(raw, dict):
         raise UserError("a request is a JSON object", where=where)
@@ -182,7 +182,7 @@ class RawReader:
         return np.array(values, dtype=np.int64).reshape((len(values),) if slots == 1 else (len(values), slots))
 
     def _item(self, value: Any) -> int:
-        number = _find(self._item_of, value)
+        number = find_id(self._item_of, value)
         self.unknown["item"] += number == 0
         return number
 
@@ -192,7 +192,7 @@ class RawReader:
             return self._empty(info)
         if name in self._vocabulary:
             values = _split(value, schema) if info.slots > 1 else [value]
-            ids = [_find(self._vocabulary[name], v) for v in values[: info.slots]]
+            ids = [find_id(self._vocabulary[name], v) for v in values[: info.slots]]
             self.unknown[name] += ids.count(0)
             return ids[0] if info.slots == 1 else ids + [-1] * (info.slots - len(ids))
         where = f"{where}, '{schema.column}'"
@@ -215,13 +215,13 @@ def read_seconds(value: Any, unit: str, *, where: str) -> int:
         UserError: it is no time.
     """
     number: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
-    elif isinstance(value, str) and unit != "iso":
+    if not isinstance(value, bool) and isinstance(value, int | float | str) and (unit != "iso" or value != str(value)):
         try:
             number = float(value)
         except ValueError:
             number = None
+        except OverflowError:
+            number = math.inf
     if number is None:
         number, unit = _seconds_of_text(value, where=where), "s"
     if not math.isfinite(number) or number < 0:
@@ -257,20 +257,18 @@ def _read_vocabulary(path: Path, info: FieldInfo) -> dict[Any, int]:
     return dict(zip(frame["raw"].to_list(), ids, strict=True))
 
 
-def _find(vocabulary: Mapping[Any, int], value: Any) -> int:
+def find_id(vocabulary: Mapping[Any, int], value: Any) -> int:
     """The id of a raw value; text and numbers that look the same are the same, as in a CSV and a Parquet file."""
     if isinstance(value, list | dict):
         return 0
+    forms = [value, str(value)]
     if isinstance(value, bool):
-        value = "true" if value else "false"
-    if value in vocabulary:
-        return vocabulary[value]
-    if isinstance(value, str):
-        try:
-            return vocabulary.get(int(value), 0)
-        except ValueError:
-            return 0
-    return vocabulary.get(str(value), 0)
+        forms = ["true" if value else "false"]
+    elif isinstance(value, str):
+        forms.append(int(value) if value.lstrip("-").isdecimal() and len(value) < 21 else value)
+    elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        forms += [str(int(value)), f"{int(value)}.0"]
+    return next((vocabulary[form] for form in forms if form in vocabulary), 0)
 
 
 def _split(value: Any, schema: FieldSchema) -> list[Any]:
@@ -290,7 +288,7 @@ def _read_flag(value: Any, *, where: str) -> int:
 def _read_number(value: Any, *, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(f"{str(value)[:40]!r} is not a finite number", where=where)

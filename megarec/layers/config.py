@@ -76,6 +76,7 @@ class HeadsConfig:
 
     Attributes:
         query_context: the query is an MLP of the state and the next event's context; off: the state itself.
+        query_residual: adds the state to what the query's MLP gives.
         query_width: width of queries and item vectors.
         hidden_width: hidden width of the MLPs.
         item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
@@ -85,6 +86,7 @@ class HeadsConfig:
     """
 
     query_context: bool = True
+    query_residual: bool = False
     query_width: int = 64
     hidden_width: int = 128
     item_tower: Literal["none", "linear", "mlp"] = "linear"

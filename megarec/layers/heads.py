@@ -32,19 +32,26 @@ class Mlp(nn.Module):
 
 
 class NextItemQuery(nn.Module):
-    """The query `q_t = MLP([h_t ; c_{t+1}])`, of length 1 if configured; with `query_context` off, `h_t` itself."""
+    """The query `q_t = MLP([h_t ; c_{t+1}])`, of length 1 if configured; with `query_context` off, `h_t` itself.
+
+    With `query_residual` it is `h_t + MLP([h_t ; c_{t+1}])`, ours: what a block wrote into the state reaches the scores
+    without a detour.
+    """
 
     def __init__(self, config: HeadsConfig, *, width: int, context_width: int, parts: Parts) -> None:
         super().__init__()
         self.normalize = config.normalize
         in_width = width + context_width
         self.mlp = Mlp(in_width, config.hidden_width, config.query_width, parts=parts) if config.query_context else None
+        self.residual = config.query_residual
 
     def forward(self, state: Tensor, next_context: Tensor | None) -> Tensor:
         """States `[T, D]` and the next events' context `[T, E]` (None: the dataset has none) to `[T, Dq]`."""
         query = state
         if self.mlp is not None:
             query = self.mlp(state if next_context is None else torch.cat([state, next_context], dim=1))
+            if self.residual:
+                query = state + query
         return unit_vectors(query) if self.normalize else query
 
 

@@ -51,6 +51,12 @@ class SequenceConfig:
                 where="model.heads.query_width",
                 fix="Set it to model.width, or query_context=true",
             )
+        if self.heads.query_residual and (not self.heads.query_context or self.heads.query_width != self.width):
+            raise UserError(
+                "the state is added to the query, so they have one width and the query reads the context",
+                where="model.heads.query_residual",
+                fix="Set query_width to model.width and query_context=true",
+            )
         if self.heads.item_tower == "none" and self.heads.query_width != self.table_width:
             raise UserError(
                 f"a table row is the item vector, but is {self.table_width} wide and not {self.heads.query_width}",

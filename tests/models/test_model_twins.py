@@ -33,6 +33,7 @@ SHARED_SWITCHES = {
     "one_head": {"feedback_heads": ("ratio",)},
     "feedback_in_only": {"input_fields": ("item", "like"), "feedback_heads": ("ratio", "like")},
     "one_layer": {"num_layers": 1},
+    "query_residual": {"heads": replace(HEADS, query_residual=True, query_width=12)},
     "state_is_query": {"heads": replace(HEADS, query_context=False, query_width=12)},
     "row_is_item": {"heads": replace(HEADS, item_tower="none", query_width=6)},
     "item_mlp": {"heads": replace(HEADS, item_tower="mlp")},

@@ -125,7 +125,8 @@ class Twin:
         query = states[(event + 1) * per_event - 1]
         if self.config.heads.query_context:
             context = [self.sum_of(self.shape.context, user, event + 1)] if self.shape.context else []
-            query = self.mlp("query", torch.cat([query, *context]))
+            answer = self.mlp("query", torch.cat([query, *context]))
+            query = query + answer if self.config.heads.query_residual else answer
         return self.unit(query)
 
     def feedback(self, states: Tensor, user: int, event: int) -> Tensor:

@@ -1,0 +1,122 @@
+"""What a user types, and what comes back: exit codes, one clear line, no traceback."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarec.data.dataset import open_dataset
+from megarec.parallel.groups import ProcessInfo
+from tests.inference.synthetic import write_world
+from tests.ranks import run_ranks
+
+COMMANDS = {
+    "megarec-make-log": "megarec_tools.make_log.command",
+    "megarec-make-shards": "megarec_tools.make_shards.command",
+    "megarec-train": "megarec.cli.train",
+    "megarec-evaluate": "megarec.cli.evaluate",
+    "megarec-convert": "megarec_tools.convert.command",
+    "megarec-recommend": "megarec.cli.recommend",
+    "megarec-report": "megarec_tools.report.command",
+}
+HEAVY = ("torch", "matplotlib", "webdataset", "polars", "pyarrow")
+
+
+def call(command: str, *arguments: str) -> int:
+    """Runs a command in this process; returns its exit code."""
+    sys.argv = [command, *arguments]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(COMMANDS[command]).main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def _same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_nothing_heavy(command: str) -> None:
+    program = (
+        f"import sys; sys.argv = [{command!r}, '--help']\n"
+        f"import {COMMANDS[command]} as module\n"
+        "try:\n    module.main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert command in run.stdout
+    assert run.stdout.rstrip().endswith("[]"), run.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    right = {"megarec-train": "num_steps", "megarec-report": "output", "megarec-recommend": "bundle"}
+    key = right.get(command, "output")
+    assert call(command, f"{key[:-1]}x=3") == 2
+    error = capsys.readouterr().err
+    assert "unknown key" in error
+    assert f"Did you mean '{key}'?" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["+model.depth=3"], "adds or removes a key"),
+        (["modle=argus_tiny"], "unknown key 'modle'. Did you mean 'model'?"),
+        (["model=argus_huge"], "argus_huge"),
+        (["num_steps"], "not of the form key=value"),
+        (["num_steps=many"], "num_steps: expected int, got 'many'"),
+        (["precision=fp4"], "precision: 'fp4' is not allowed"),
+        (["model.block.num_heads=5"], "width 64 is not a multiple of num_heads 5"),
+        (["stream.tokens_per_pack=1000"], "stream.tokens_per_pack: 1000 is not a multiple of 16"),
+        (["layout.tensor=2"], "one replica is one rank in this version"),
+        (["stream.max_history_events=4096"], "windows of 4096 events do not fit 512 positions"),
+        (["data=nowhere"], "nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_train_refuses(tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if any(a.startswith("data=") for a in arguments) else [f"data={tmp_path / 'data'}"]
+    assert call("megarec-train", *data, f"run_dir={tmp_path / 'run'}", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_without_data_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("megarec-train", "num_steps=3") == 2
+    assert "data not set" in capsys.readouterr().err
+
+
+def train_on_a_damaged_shard(_: ProcessInfo, data: Path, run_dir: Path) -> int:
+    settings = ["num_steps=3", "stream.lanes=2", "stream.tokens_per_pack=512", "stream.max_history_events=64"]
+    return call("megarec-train", f"data={data}", f"run_dir={run_dir}", *settings)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_train_refuses_a_damaged_shard(tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path / "data", num_users=40)
+    dataset = open_dataset(tmp_path / "data")
+    shard = dataset.shard_path(dataset.shards_of("train")[0])
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[700] ^= 1
+    else:
+        del content[-2048:]
+    shard.write_bytes(content)
+    assert run_ranks(train_on_a_damaged_shard, 1, tmp_path / "data", tmp_path / "run") == [2]
+    error = capfd.readouterr().err
+    assert "shard-000000.tar" in error
+    assert "Traceback" not in error
+
+
+def test_the_settings_can_be_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("megarec-train", "data=somewhere", "experiment=quickstart", "model.dropout=0.3", "--show-config") == 0
+    shown = capsys.readouterr().out
+    assert "dropout: 0.3" in shown
+    assert "data: somewhere" in shown
