@@ -215,7 +215,8 @@ def read_seconds(value: Any, unit: str, *, where: str) -> int:
         UserError: it is no time.
     """
     number: float | None = None
-    if not isinstance(value, bool) and isinstance(value, int | float | str) and (unit != "iso" or value != str(value)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and unit != "iso"):
         try:
             number = float(value)
         except ValueError:

@@ -13,6 +13,7 @@ from synthetic import CONFIGS, MAX_EVENTS, random_weights, write_world
 
 from megarec.base.errors import UserError
 from megarec.cli import evaluate as evaluate_command
+from megarec.cli.command import read_command_line
 from megarec.cli.evaluate import EvaluateConfig, Trained, measure
 from megarec.data.dataset import Dataset
 
@@ -106,3 +107,9 @@ def test_evaluate_prints_and_writes(
         measure(replace(config, data=None))
     with pytest.raises(UserError, match="nothing to measure"):
         EvaluateConfig(baselines=False, data="x")
+
+
+def test_model_is_a_key_and_not_a_group_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["megarec-evaluate", "model=outputs/run", "protocol.filter_seen=full"])
+    settings = read_command_line("megarec-evaluate", EvaluateConfig, about="")
+    assert settings["model"] == "outputs/run" and settings["protocol"]["filter_seen"] == "full"

@@ -16,6 +16,7 @@ from megarec.data.reader import BlockReader
 from megarec.inference import evaluate as evaluate_module
 from megarec.inference.baselines.oracle import read_oracle
 from megarec.inference.evaluate import Tally, evaluate, tally
+from megarec.inference.feedback_measures import measure_feedback
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.protocol import Protocol
 
@@ -204,3 +205,13 @@ def test_the_oracle_ranks_by_the_truth(tmp_path: Path) -> None:
     many = write_world(tmp_path / "many", num_targets=2)
     with pytest.raises(UserError, match="last event only"):
         evaluate(read_oracle(tmp_path / "oracle.parquet", many), many, Protocol())
+
+
+def test_measures_of_more_than_two_outcomes_and_of_none() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]))
+    measures = measure_feedback(logits, np.array([1, 3, 0]), np.zeros(3, np.int64))
+    assert measures == pytest.approx(
+        {"count": 2.0, "normalized_entropy": -(math.log(0.5) + math.log(0.8)) / 2 / math.log(2)}
+    )
+    assert measure_feedback(np.zeros((2, 1)), np.array([0, 0]), np.zeros(2, np.int64)) == {"count": 0.0}
+    assert "auc" not in measure_feedback(np.zeros((2, 1)), np.array([2, 2]), np.zeros(2, np.int64))

@@ -16,7 +16,7 @@ from megarec.cli.recommend import RecommendConfig, recommend
 from megarec.data.dataset import Dataset
 from megarec.inference.bundle import BundleConfig, open_bundle, write_bundle
 from megarec.inference.recommend import Recommender
-from megarec.inference.requests import RawReader, Request, parse_request, read_seconds
+from megarec.inference.requests import RawReader, Request, find_id, parse_request, read_seconds
 from megarec.inference.users import find_user
 
 TIME = 1_500_000
@@ -106,6 +106,9 @@ BAD_LINES = {
     '{"events": [{"item": 1, "timestamp": 5, "played": "loud"}]}': "'played': 'loud' is not a finite number",
     '{"events": [{"item": 1, "timestamp": 5}], "at": 4}': "before the newest event",
     "[" * 100_000: "not valid JSON",
+    "9" * 5000: "not valid JSON",
+    '{"events": [{"item": 1, "timestamp": 1' + "0" * 400 + "}]}": "is not a time",
+    '{"events": [{"item": 1, "timestamp": 5, "played": 1' + "0" * 400 + "}]}": "is not a finite number",
 }
 
 
@@ -136,6 +139,18 @@ def test_times(value: Any, unit: str, seconds: int | None) -> None:
             read_seconds(value, unit, where="x")
     else:
         assert read_seconds(value, unit, where="x") == seconds
+
+
+@pytest.mark.parametrize(
+    ("raw", "value", "number"),
+    [
+        (5, "5", 1), (5, 5.0, 1), ("5", 5, 1), ("5.0", 5, 1), ("5", 5.0, 1), ("4.5", 4.5, 1), ("true", True, 1),
+        (-7, "-7", 1), (1, True, 0), (5, "x", 0), (5, 6, 0), (5, float("nan"), 0), (5, float("inf"), 0),
+        (5, "9" * 5000, 0), (5, 10**400, 0), (5, [5], 0),
+    ],
+)  # fmt: skip
+def test_text_and_numbers_that_look_the_same_are_the_same(raw: Any, value: Any, number: int) -> None:
+    assert find_id({raw: 1}, value) == number
 
 
 def test_answers_are_the_models(bundle: Path, world: Dataset) -> None:

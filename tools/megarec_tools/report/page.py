@@ -114,9 +114,12 @@ def result_tables(run: Run) -> list[Table]:
         cells = [[str(row.get("name")), *(_ranking_cell(row, column) for column in shown)] for row in ranked]
         tables.append(Table(title=f"{run.name}: next item", header=["", *shown], rows=cells, note=_rules(ranked[0])))
     for field in dict.fromkeys(name for row in rows for name in _mapping(row.get("feedback"))):
-        having = [row for row in rows if field in _mapping(row.get("feedback"))]
-        cells = [[str(row.get("name")), *_feedback_cells(_mapping(row["feedback"][field]))] for row in having]
-        tables.append(Table(title=f"{run.name}: feedback {field}", header=["", *FEEDBACK_COLUMNS], rows=cells))
+        having = [row for row in rows if _mapping(_mapping(row.get("feedback")).get(field))]
+        shown = [c for c in FEEDBACK_COLUMNS if any(c in _mapping(row["feedback"][field]) for row in having)]
+        cells = [
+            [str(row.get("name")), *(_feedback_cell(row["feedback"][field].get(c), c) for c in shown)] for row in having
+        ]
+        tables.append(Table(title=f"{run.name}: feedback {field}", header=["", *shown], rows=cells))
     return tables
 
 
@@ -147,14 +150,10 @@ def _ranking_cell(row: dict[str, Any], column: str) -> str:
     return f"{value:.4f}" if not isinstance(error, int | float) else f"{value:.4f} ± {error:.4f}"
 
 
-def _feedback_cells(measures: dict[str, Any]) -> list[str]:
-    cells = []
-    for name in FEEDBACK_COLUMNS:
-        value = measures.get(name)
-        cells.append(
-            "-" if not isinstance(value, int | float) else f"{value:,.0f}" if name == "count" else f"{value:.4f}"
-        )
-    return cells
+def _feedback_cell(value: Any, column: str) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:,.0f}" if column == "count" else f"{value:.4f}"
 
 
 def _rules(row: dict[str, Any]) -> str:
