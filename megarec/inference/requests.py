@@ -226,12 +226,12 @@ def read_seconds(value: Any, unit: str, *, where: str) -> int:
     if number is None:
         number, unit = _seconds_of_text(value, where=where), "s"
     if not math.isfinite(number) or number < 0:
-        raise UserError(f"{value!r} is not a time", where=where)
+        raise UserError(f"{str(value)[:40]!r} is not a time", where=where)
     if unit not in SECONDS_OF_UNIT:
         unit = next(name for limit, name in UNIT_LIMITS if number < limit)
     seconds = number * SECONDS_OF_UNIT[unit]
     if seconds >= MAX_TIME_SECONDS:
-        raise UserError(f"{value!r} is beyond the year 9999", where=where)
+        raise UserError(f"{str(value)[:40]!r} is beyond the year 9999", where=where)
     return int(seconds)
 
 
