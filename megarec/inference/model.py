@@ -65,7 +65,9 @@ class LocalModel:
     ) -> None:
         self.name = name
         self.shape = shape
-        self.num_ids = next(f.num_ids for f in shape.item_tower if f.name == "item")
+        # a model may know items by their side fields alone
+        own = [f.num_ids for f in (*shape.item_tower, *shape.item) if f.name == "item"]
+        self.num_ids = [*own, *(len(ids) for ids in item_side.values())][0]
         self._interleaved = config.keep_last_event
         # a target that follows its history needs a position too
         self._max_history = config.max_positions - int(self._interleaved)

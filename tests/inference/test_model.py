@@ -154,6 +154,17 @@ def test_the_context_of_the_question_matters_and_may_be_missing(world: Dataset) 
     assert not torch.equal(model.scores(histories), without)
 
 
+def test_items_may_be_known_by_their_side_fields_alone(world: Dataset) -> None:
+    config = replace(CONFIGS["argus"], item_fields=("artist",), input_fields=("artist", "device", "listened"))
+    histories, _ = questions(world)
+    model = make_model(config, world)
+    assert model.num_ids == FIELDS["item"].num_ids
+    scores = model.scores(histories)
+    artist = world.item_side()["artist"]
+    same = [i for i in range(2, 31) if artist[i] == artist[1]]
+    assert torch.equal(scores[:, same], scores[:, [1] * len(same)])
+
+
 def test_the_piece_size_changes_nothing(world: Dataset) -> None:
     histories, targets = questions(world)
     whole = make_model(CONFIGS["hstu"], world).predict(histories, targets)
