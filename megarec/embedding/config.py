@@ -16,10 +16,11 @@ class TableSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableOptimizerConfig:
-    """How the rows that a step touched are updated.
+class TableConfig:
+    """How table rows start, and how those that a step touched are updated.
 
     Attributes:
+        init_std: rows start from normal(0, `init_std`).
         kind: `sgd`; `rowwise_adagrad`, one accumulator per row; `adam`, two moments per value; `rowwise_adam`, whose
             second moment is one number per row.
         lr_scale: multiplies the learning rate of the step.
@@ -29,6 +30,7 @@ class TableOptimizerConfig:
         weight_decay: decoupled, of touched rows only.
     """
 
+    init_std: float = 0.02
     kind: Literal["sgd", "rowwise_adagrad", "adam", "rowwise_adam"] = "rowwise_adagrad"
     lr_scale: float = 1.0
     beta1: float = 0.9
@@ -37,7 +39,7 @@ class TableOptimizerConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr_scale", "eps"):
+        for name in ("init_std", "lr_scale", "eps"):
             if not getattr(self, name) > 0:
                 raise UserError("must be above 0", where=f"tables.{name}")
         if not self.weight_decay >= 0:

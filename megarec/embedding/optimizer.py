@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megarec.base.random_torch import hash_torch
-from megarec.embedding.config import TableOptimizerConfig
+from megarec.embedding.config import TableConfig
 
 _VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 
 
-def make_state(config: TableOptimizerConfig, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def make_state(config: TableConfig, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The optimizer's state for the rows of `values` `[L, E]`, all zero.
 
     `rowwise_adagrad`: `square` `[L]`. `adam`: `mean` and `square` `[L, E]`. `rowwise_adam`: `mean` `[L, E]` and
@@ -38,7 +38,7 @@ def make_state(config: TableOptimizerConfig, values: Tensor, dtype: torch.dtype)
 
 @torch.no_grad()
 def update_rows(
-    config: TableOptimizerConfig,
+    config: TableConfig,
     values: Tensor,
     state: dict[str, Tensor],
     *,
@@ -76,9 +76,7 @@ def update_rows(
         values.index_copy_(0, touched, new.to(values.dtype))
 
 
-def _direction(
-    config: TableOptimizerConfig, state: dict[str, Tensor], *, rows: Tensor, grad: Tensor, step: int
-) -> Tensor:
+def _direction(config: TableConfig, state: dict[str, Tensor], *, rows: Tensor, grad: Tensor, step: int) -> Tensor:
     """What is subtracted, per unit of learning rate, from each row: `[G, E]`. Updates the state."""
     if config.kind == "sgd":
         return grad

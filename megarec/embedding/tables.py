@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarec.base.random import derive_key
 from megarec.base.random_torch import normal_torch
-from megarec.embedding.config import TableOptimizerConfig, TableSpec
+from megarec.embedding.config import TableConfig, TableSpec
 from megarec.embedding.exchange import find_unique, open_route
 from megarec.embedding.lookup import Fetched, gradient_dtype, sum_by_row
 from megarec.embedding.optimizer import make_state, update_rows
@@ -63,7 +63,7 @@ class TableGroup:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        optimizer: TableOptimizerConfig | None = None,
+        optimizer: TableConfig | None = None,
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
         if len(self.specs) != len(specs):
@@ -78,7 +78,7 @@ class TableGroup:
         self._group = group
         self._rank, self._world = (group.rank, group.size) if group else (0, 1)
         self._rows_per_rank = -(-self.num_rows // self._world)  # the last ranks may keep one row for nothing
-        self._optimizer = optimizer or TableOptimizerConfig()
+        self._optimizer = optimizer or TableConfig()
         self._rounding_key = derive_key(seed, "rounding", *self.specs)
         self._values = torch.zeros(self._rows_per_rank, width, dtype=dtype, device=device)
         self._state = make_state(self._optimizer, self._values, gradient_dtype(dtype))

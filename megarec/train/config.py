@@ -5,7 +5,7 @@ from typing import Literal
 
 from megarec.base.errors import UserError
 from megarec.data.stream import StreamConfig
-from megarec.embedding.config import TableOptimizerConfig
+from megarec.embedding.config import TableConfig
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.optim.config import OptimizerSettings
@@ -97,7 +97,7 @@ class TrainConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    tables: TableOptimizerConfig = field(default_factory=TableOptimizerConfig)
+    tables: TableConfig = field(default_factory=TableConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

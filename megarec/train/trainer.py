@@ -170,7 +170,7 @@ def build_machinery(
     initialize(model, config.seed)
     ddp = wrap_ddp(groups, model, megatron)
     tables = TableGroup(
-        [TableSpec(name=name, num_rows=rows) for name, rows in shape.tables.items()],
+        [TableSpec(name=name, num_rows=rows, init_std=config.tables.init_std) for name, rows in shape.tables.items()],
         width=config.model.table_width,
         group=groups.world,
         seed=config.seed,

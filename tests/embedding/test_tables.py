@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megarec.embedding.config import TableOptimizerConfig, TableSpec
+from megarec.embedding.config import TableConfig, TableSpec
 from megarec.embedding.lookup import lookup
 from megarec.embedding.tables import TableGroup
 from megarec.parallel.groups import ParallelGroups, ProcessInfo, start
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 KINDS = ["sgd", "rowwise_adagrad", "adam", "rowwise_adam"]
 
 
-def config_of(kind: str) -> TableOptimizerConfig:
-    return TableOptimizerConfig(kind=kind, lr_scale=2.0, beta2=0.97, weight_decay=0.1)
+def config_of(kind: str) -> TableConfig:
+    return TableConfig(kind=kind, lr_scale=2.0, beta2=0.97, weight_decay=0.1)
 
 
 def make(groups: ParallelGroups | None, kind: str = "sgd", dtype: torch.dtype = torch.float64) -> TableGroup:
@@ -186,7 +186,7 @@ def test_untouched_rows_do_not_move() -> None:
 def test_bf16_rows_move_by_small_steps_on_average() -> None:
     """A step of a 64th of the distance between two bf16 numbers would be lost by rounding to nearest."""
     specs = [TableSpec(name="item", num_rows=2000, init_std=1.0)]
-    settings = TableOptimizerConfig(kind="sgd")
+    settings = TableConfig(kind="sgd")
     tables = TableGroup(specs, width=4, group=None, seed=1, device=CPU, dtype=torch.bfloat16, optimizer=settings)
     tables.state_pieces()["values"].fill_(1.0)
     for _ in range(16):
