@@ -13,6 +13,8 @@ class SequenceConfig:
     Attributes:
         input_fields: the dataset fields that enter the history; None: all of them.
         item_fields: the fields whose rows make an item vector, of role item or item_side; None: all of them.
+        tie_item_tables: histories and item vectors share the rows of the item and its side fields; if not, item
+            vectors have tables of their own, and an item may follow another without being like it.
         feedback_heads: the feedback fields to predict; None: every single-valued one with two values or more.
         time_gap_buckets: adds a context field `time_gap`, the log2 bucket of the seconds since the event before;
             0: none.
@@ -28,6 +30,7 @@ class SequenceConfig:
 
     input_fields: tuple[str, ...] | None = None
     item_fields: tuple[str, ...] | None = None
+    tie_item_tables: bool = True
     feedback_heads: tuple[str, ...] | None = None
     time_gap_buckets: int = 0
     token_layout: TokenLayout = "fused"

@@ -1,6 +1,6 @@
 """From field ids, as data holds them, to table rows, as a model looks them up: the same for training and serving.
 
-All tables of a model are one matrix; the row of id `i` of a field is `first_row[field] + i`, and -1 stays -1.
+All tables of a model are one matrix; the row of id `i` of a field is `first_row[table] + i`, and -1 stays -1.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class RowMap:
 
     Args:
         shape: what the model reads.
-        first_row: where each field's table begins in the one matrix.
+        first_row: where each table begins in the one matrix.
         item_side: for each item-side field its ids by item id, `[num_items + 1]` or `[num_items + 1, slots]`.
     """
 
@@ -63,7 +63,7 @@ class RowMap:
         for field in slots:
             ids = columns[field.name].reshape(num_rows, field.slots)
             rows[:, start : start + field.slots] = np.where(
-                ids < 0, -1, ids.astype(np.int64) + self._first_row[field.name]
+                ids < 0, -1, ids.astype(np.int64) + self._first_row[field.table]
             )
             start += field.slots
         return rows

@@ -15,11 +15,24 @@ TIME_GAP = "time_gap"
 
 @dataclass(frozen=True, kw_only=True)
 class FieldSlots:
-    """One field of an event as a model reads it: ids in `[0, num_ids)` (0: unknown), -1 in empty slots."""
+    """One field of an event as a model reads it: ids in `[0, num_ids)` (0: unknown), -1 in empty slots.
+
+    Attributes:
+        name: the field.
+        num_ids: rows of its table.
+        slots: values per event.
+        own_table: in the item tower, whether the field has a table of its own beside the one of the input.
+    """
 
     name: str
     num_ids: int
     slots: int = 1
+    own_table: bool = False
+
+    @property
+    def table(self) -> str:
+        """The name of its table."""
+        return f"{self.name}.target" if self.own_table else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +57,8 @@ class InputShape:
 
     @property
     def tables(self) -> dict[str, int]:
-        """Every table the model looks up, with its number of rows: one per field, shared by input and item tower."""
-        return {f.name: f.num_ids for f in (*self.context, *self.item, *self.item_tower, *self.feedback)}
+        """Every table the model looks up, with its number of rows: one per field and use that has its own."""
+        return {f.table: f.num_ids for f in (*self.context, *self.item, *self.item_tower, *self.feedback)}
 
 
 def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> InputShape:
@@ -68,7 +81,7 @@ def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> Inpu
     shape = InputShape(
         context=context,
         item=_slots(_of_role(inputs, "item", "item_side")),
-        item_tower=_slots(tower),
+        item_tower=_slots(tower, own_table=not config.tie_item_tables),
         feedback=_slots(_of_role(inputs, "feedback")),
         feedback_heads=_heads(_of_role(fields, "feedback"), config.feedback_heads),
     )
@@ -102,8 +115,11 @@ def _of_role(fields: Mapping[str, FieldInfo], *roles: str) -> dict[str, FieldInf
     return {name: info for name, info in fields.items() if info.role in roles}
 
 
-def _slots(fields: Mapping[str, FieldInfo]) -> tuple[FieldSlots, ...]:
-    return tuple(FieldSlots(name=name, num_ids=info.num_ids, slots=info.slots) for name, info in fields.items())
+def _slots(fields: Mapping[str, FieldInfo], *, own_table: bool = False) -> tuple[FieldSlots, ...]:
+    return tuple(
+        FieldSlots(name=name, num_ids=info.num_ids, slots=info.slots, own_table=own_table)
+        for name, info in fields.items()
+    )
 
 
 def _heads(feedback: Mapping[str, FieldInfo], names: Iterable[str] | None) -> dict[str, int]:

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from small_log import FIELDS
+from small_log import FIELDS, shape_for
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import FieldInfo
 from megarec.layers.config import HeadsConfig
 from megarec.models.argus.config import ArgusConfig
+from megarec.models.rows import RowMap
 from megarec.models.shape import FieldSlots, bucket_time_gap, input_shape
 
 
@@ -21,6 +22,19 @@ def test_slots_follow_the_dataset_within_a_role() -> None:
     assert names(shape.feedback) == ["like", "ratio"]
     assert shape.feedback_heads == {"like": 2, "ratio": 5}
     assert shape.tables == {"organic": 3, "device": 4, "time_gap": 9, "item": 12, "artist": 5, "like": 3, "ratio": 6}
+
+
+def test_item_vectors_may_have_tables_of_their_own() -> None:
+    tied = shape_for(ArgusConfig())
+    own = shape_for(ArgusConfig(tie_item_tables=False))
+    assert own.tables == {**tied.tables, "item.target": 12, "artist.target": 5}
+    side = {"artist": np.array([[0, -1], [3, 4]])}
+    first_row = {name: 100 * number for number, name in enumerate(own.tables)}
+    rows = RowMap(own, first_row, side)
+    read = rows.item(np.array([1]))[0].tolist()
+    made = rows.item_tower(np.array([1]))[0].tolist()
+    assert read == [first_row["item"] + 1, first_row["artist"] + 3, first_row["artist"] + 4]
+    assert made == [first_row["item.target"] + 1, first_row["artist.target"] + 3, first_row["artist.target"] + 4]
 
 
 def test_names_choose_and_their_order_does_not_matter() -> None:

@@ -133,7 +133,10 @@ class World:
         return total
 
 
-@pytest.mark.parametrize("model", [SMALL_ARGUS, SMALL_HSTU], ids=["argus", "hstu"])
+MODELS = {"argus": SMALL_ARGUS, "hstu": SMALL_HSTU, "own item tables": {**SMALL_ARGUS, "tie_item_tables": False}}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_pack_loss_equals_loops(dataset: Dataset, name: str, model: dict[str, Any]) -> None:
     world = World(dataset, OBJECTIVES[name], model)
