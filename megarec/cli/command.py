@@ -4,8 +4,9 @@ This and its siblings in `megarec.cli` are the only places that know hydra; noth
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from hydra import compose, initialize, initialize_config_module
@@ -14,8 +15,25 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megarec.base.config import flatten, plain
-from megarec.base.errors import UserError, nearest
+from megarec.base.config import build, flatten, plain
+from megarec.base.errors import UserError, nearest, run_command
+
+C = TypeVar("C")
+
+
+def run(
+    name: str, kind: type[C], work: Callable[[C], None], *, about: str | None, presets: str | None = None
+) -> NoReturn:
+    """Runs one command: reads its settings, does its work and ends the process with its exit code.
+
+    Args:
+        name: the command, as the user types it.
+        kind: the dataclass of its settings.
+        work: what it does; imports torch and other heavy modules itself, so that `--help` answers at once.
+        about: what it does, for `--help`.
+        presets: see `read_command_line`.
+    """
+    run_command(lambda: work(build(kind, read_command_line(name, kind, about=about or "", presets=presets))))
 
 
 def read_command_line(name: str, kind: type, *, about: str, presets: str | None = None) -> dict[str, Any]:

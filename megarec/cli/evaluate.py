@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megarec.base.errors import UserError, run_command
+from megarec.base.errors import UserError
+from megarec.cli.command import run
 from megarec.inference.baselines.config import BaselineConfig
 from megarec.inference.protocol import Protocol
 
@@ -97,16 +98,7 @@ class Trained:
 
 def main() -> None:
     """Runs `megarec-evaluate`."""
-
-    def body() -> None:
-        from megarec.cli.command import read_command_line
-
-        settings = read_command_line("megarec-evaluate", EvaluateConfig, about=__doc__ or "")
-        from megarec.base.config import build
-
-        measure(build(EvaluateConfig, settings))
-
-    run_command(body)
+    run("megarec-evaluate", EvaluateConfig, measure, about=__doc__)
 
 
 def measure(config: EvaluateConfig) -> None:

@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from megarec.base.errors import UserError, run_command
+from megarec.base.errors import UserError
+from megarec.cli.command import run
 
 if TYPE_CHECKING:
     from megarec.inference.bundle import Bundle
@@ -63,16 +64,7 @@ class RecommendConfig:
 
 def main() -> None:
     """Runs `megarec-recommend`."""
-
-    def body() -> None:
-        from megarec.cli.command import read_command_line
-
-        settings = read_command_line("megarec-recommend", RecommendConfig, about=__doc__ or "")
-        from megarec.base.config import build
-
-        recommend(build(RecommendConfig, settings))
-
-    run_command(body)
+    run("megarec-recommend", RecommendConfig, recommend, about=__doc__)
 
 
 def recommend(config: RecommendConfig) -> None:

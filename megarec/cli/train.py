@@ -8,7 +8,9 @@ A run directory that holds an interrupted run is continued from its newest check
 import os
 from typing import TYPE_CHECKING
 
-from megarec.base.errors import UserError, run_command
+from megarec.base.errors import UserError
+from megarec.cli.command import run
+from megarec.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from megarec.parallel.groups import ProcessInfo
@@ -16,23 +18,16 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs `megarec-train`."""
+    run("megarec-train", TrainConfig, _work, about=__doc__, presets="train")
 
-    def body() -> None:
-        from megarec.cli.command import read_command_line
-        from megarec.train.config import TrainConfig
 
-        settings = read_command_line("megarec-train", TrainConfig, about=__doc__ or "", presets="train")
-        from megarec.base.config import build
+def _work(config: TrainConfig) -> None:
+    from megarec.cli.periodic_evaluation import EvalSplit
+    from megarec.train.run import train
 
-        config = build(TrainConfig, settings)
-        from megarec.cli.periodic_evaluation import EvalSplit
-        from megarec.train.run import train
-
-        if config.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        train(config, read_process_info(), EvalSplit())
-
-    run_command(body)
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    train(config, read_process_info(), EvalSplit())
 
 
 def read_process_info() -> "ProcessInfo":

@@ -5,7 +5,8 @@ megarec-convert checkpoint=outputs/run data=my_data output=bundle
 
 from dataclasses import dataclass
 
-from megarec.base.errors import UserError, run_command
+from megarec.base.errors import UserError
+from megarec.cli.command import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +36,13 @@ class ConvertConfig:
 
 def main() -> None:
     """Runs `megarec-convert`."""
+    run("megarec-convert", ConvertConfig, _work, about=__doc__)
 
-    def body() -> None:
-        from megarec.cli.command import read_command_line
 
-        settings = read_command_line("megarec-convert", ConvertConfig, about=__doc__ or "")
-        from megarec.base.config import build
-        from megarec_tools.convert.conversion import convert
+def _work(config: ConvertConfig) -> None:
+    from megarec_tools.convert.conversion import convert
 
-        convert(build(ConvertConfig, settings))
-
-    run_command(body)
+    convert(config)
 
 
 if __name__ == "__main__":

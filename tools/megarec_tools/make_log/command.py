@@ -5,24 +5,19 @@ each user's last listen in oracle.parquet, settings, counts and checksums in log
 describes the process.
 """
 
-from megarec.base.config import build
-from megarec.base.errors import run_command
+from megarec.cli.command import run
 from megarec_tools.make_log.config import MakeLogConfig
 
 
 def main() -> None:
-    """The command `megarec-make-log`."""
+    """Runs `megarec-make-log`."""
+    run("megarec-make-log", MakeLogConfig, _work, about=__doc__)
 
-    def body() -> None:
-        from megarec.cli.command import read_command_line
 
-        settings = read_command_line("megarec-make-log", MakeLogConfig, about=str(__doc__))
-        config = build(MakeLogConfig, settings)
-        from megarec_tools.make_log.generator import make_log
+def _work(config: MakeLogConfig) -> None:
+    from megarec_tools.make_log.generator import make_log
 
-        make_log(config)
-
-    run_command(body)
+    make_log(config)
 
 
 if __name__ == "__main__":

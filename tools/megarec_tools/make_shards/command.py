@@ -8,23 +8,19 @@ what the columns mean: a ready one by its name, a yaml file, or schema=infer, wh
   megarec-make-shards input='logs/*.csv.gz' output=my_data schema=my.yaml split.rule=global_time split.cut=2024-05-01
 """
 
-from megarec.base.config import build
-from megarec.base.errors import run_command
+from megarec.cli.command import run
 from megarec_tools.make_shards.config import MakeShardsConfig
 
 
 def main() -> None:
-    """The command `megarec-make-shards`."""
+    """Runs `megarec-make-shards`."""
+    run("megarec-make-shards", MakeShardsConfig, _work, about=__doc__)
 
-    def body() -> None:
-        from megarec.cli.command import read_command_line
 
-        settings = read_command_line("megarec-make-shards", MakeShardsConfig, about=__doc__)
-        from megarec_tools.make_shards.pipeline import make_shards  # polars and pyarrow, only after `--help`
+def _work(config: MakeShardsConfig) -> None:
+    from megarec_tools.make_shards.pipeline import make_shards
 
-        make_shards(build(MakeShardsConfig, settings))
-
-    run_command(body)
+    make_shards(config)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ megarec-report runs=[outputs/a,outputs/b] output=report.html
 
 from dataclasses import dataclass
 
-from megarec.base.errors import UserError, run_command
+from megarec.base.errors import UserError
+from megarec.cli.command import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +30,13 @@ class ReportConfig:
 
 def main() -> None:
     """Runs `megarec-report`."""
+    run("megarec-report", ReportConfig, _work, about=__doc__)
 
-    def body() -> None:
-        from megarec.cli.command import read_command_line
 
-        settings = read_command_line("megarec-report", ReportConfig, about=__doc__ or "")
-        from megarec.base.config import build
-        from megarec_tools.report.page import write_report
+def _work(config: ReportConfig) -> None:
+    from megarec_tools.report.page import write_report
 
-        write_report(build(ReportConfig, settings))
-
-    run_command(body)
+    write_report(config)
 
 
 if __name__ == "__main__":
