@@ -6,19 +6,17 @@ out=${1:-quickstart}
 rm -rf "$out"
 mkdir -p "$out"
 
-step() { printf '\n== %s\n' "$*" >&2; "$@"; }
+step() {
+  printf '\n== %s\n' "$*"
+  "$@"
+}
 
-step megarec-make-log output="$out/log"
-step megarec-make-shards input="$out/log/events-*.parquet" output="$out/data" schema=yambda users_per_block=256
+step megarec-make-log output="$out/log" num_users=12000 num_events=1500000
+step megarec-make-shards input="$out/log/events-*.parquet" output="$out/data" schema=yambda
 step megarec-train experiment=quickstart data="$out/data" run_dir="$out/run"
 step megarec-evaluate model="$out/run" data="$out/data" oracle="$out/log/oracle.parquet" output="$out/run"
 step megarec-convert checkpoint="$out/run" data="$out/data" output="$out/bundle"
-user=$(head -c 0 /dev/null; python - "$out" <<'PY'
-import sys
-import polars as pl
-print(pl.read_parquet(f"{sys.argv[1]}/data/vocab/user.parquet")["raw"][0])
-PY
-)
-step megarec-recommend bundle="$out/bundle" data="$out/data" user="$user" k=10
+user=$(python -c "import polars, sys; print(polars.read_parquet(sys.argv[1])['raw'][0])" "$out/data/vocab/user.parquet")
+step megarec-recommend bundle="$out/bundle" data="$out/data" user="$user" k=5
 step megarec-report runs="[$out/run]" output="$out/report.html"
 printf '\nOpen %s/report.html in a browser.\n' "$out"
