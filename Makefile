@@ -1,8 +1,6 @@
 # From a bare checkout: `make quickstart` and `make test` do all the set-up they need.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_NUM_THREADS ?= 1
-export TORCHDYNAMO_DISABLE ?= 1
 
 .PHONY: help install quickstart test test-all lint clean
 
@@ -21,9 +19,14 @@ quickstart: install ## log -> shards -> train -> evaluate -> convert -> recommen
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
 lint: install ## ruff, mypy, import floors
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Tests fork several ranks: one thread each, and nothing to compile.
+test test-all: export OMP_NUM_THREADS = 1
+test test-all: export TORCHDYNAMO_DISABLE = 1
 
 test: lint ## everything that needs no GPU and takes less than a quarter of an hour
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15
