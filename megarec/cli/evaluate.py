@@ -29,7 +29,6 @@ class EvaluateConfig:
     Attributes:
         model: a run directory, a checkpoint or a bundle; None: baselines alone.
         data: the dataset directory; None: the one the run was trained on.
-        split: only eval has targets.
         baselines: measure MostPop, DecayPop, Markov, ItemKNN and feedback rates too.
         oracle: the `oracle.parquet` of a synthetic log.
         output: a directory for evaluation.json and evaluation.png; None: the printed table only.
@@ -42,7 +41,6 @@ class EvaluateConfig:
 
     model: str | None = None
     data: str | None = None
-    split: Literal["eval"] = "eval"
     baselines: bool = True
     oracle: str | None = None
     output: str | None = None

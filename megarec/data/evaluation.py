@@ -54,8 +54,8 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """The users of the eval split that have a target, in the order of the shards, in batches of one block each.
 
-    The batches of all ranks, rank after rank, are the batches of one process. Every rank gets the same number of them,
-    `num_evaluation_batches`: those without users are there to run every collective.
+    The batches of all ranks, rank after rank, are the batches of one process. Every rank gets the same number of them:
+    those without users are there to run every collective.
 
     Args:
         dataset: what to read.
@@ -80,11 +80,6 @@ def evaluation_batches(
         yield _make_batch(block, part=part, **sizes)
     for _ in range(per_rank - len(mine)):
         yield _make_batch(_empty_block(dataset), part=0, **sizes)
-
-
-def num_evaluation_batches(dataset: Dataset, *, users_per_batch: int, world: int = 1) -> int:
-    """How many batches `evaluation_batches` gives on each rank."""
-    return -(-len(_plan(BlockReader(dataset, "eval"), users_per_batch=users_per_batch)) // world)
 
 
 def _plan(reader: BlockReader, *, users_per_batch: int) -> Int64:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def feedback_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of the events whose feedback is known, and their number.
+def feedback_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum of the cross-entropies of the events whose feedback is known.
 
     A flag has one logit, of "true", and costs `softplus(logit) - [target = 2] logit`; a field of n > 1 classes has n
     logits and costs `log(sum_c e^logit_c) - logit_(target - 1)`. Rows with target 0 are missing: they cost 0 and get
@@ -19,7 +19,7 @@ def feedback_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         target: `[Q]` ids: 0 missing; a flag has 1 false, 2 true; a field of n classes 1..n.
 
     Returns:
-        The sum (fp32, fp64 for fp64 logits) and the count (int64), both scalars.
+        Scalar in fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError: a shape is wrong; names the argument.
@@ -35,4 +35,4 @@ def feedback_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.softplus(logit) - torch.where(target == 2, logit, 0.0)
     else:
         losses = F.cross_entropy(logits, (target.long() - 1).clamp(min=0), reduction="none")
-    return torch.where(known, losses, 0.0).sum(), known.sum()
+    return torch.where(known, losses, 0.0).sum()

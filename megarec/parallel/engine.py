@@ -104,7 +104,6 @@ def run_schedule(
     *,
     num_packs: int,
     tokens_per_pack: int,
-    forward_only: bool = False,
 ) -> list[Report]:
     """Runs forward and backward of `num_packs` packs through Megatron-Core's schedule.
 
@@ -117,7 +116,6 @@ def run_schedule(
         packs: yields at least `num_packs` packs.
         num_packs: packs of this rank in the step, the same on every data-parallel rank.
         tokens_per_pack: the fixed size of a pack.
-        forward_only: no backward.
 
     Returns:
         what `forward_step` reported, in the order of the packs.
@@ -137,7 +135,6 @@ def run_schedule(
         num_microbatches=num_packs,
         seq_length=tokens_per_pack,
         micro_batch_size=1,
-        forward_only=forward_only,
     )
     return reports
 

@@ -57,15 +57,3 @@ class LayoutConfig:
                 where="layout",
             )
         return world // self.replica
-
-    def check_model(self, *, width: int, num_heads: int, num_layers: int, tokens_per_pack: int) -> None:
-        """Refuses a model that this layout cannot cut into equal pieces."""
-        chunks = self.pipeline * (self.virtual or 1)
-        for what, size, parts in (
-            ("the width", width, self.tensor),
-            ("the number of heads", num_heads, self.tensor),
-            ("the number of layers", num_layers, chunks),
-            ("tokens_per_pack", tokens_per_pack, self.tensor * self.context),
-        ):
-            if size % parts:
-                raise UserError(f"{what} ({size}) must be a multiple of {parts}", where="layout")

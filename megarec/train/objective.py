@@ -115,7 +115,7 @@ class Objective:
             return {}
         logits = self._model.feedback_logits(states, events, lookup)
         return {
-            head: feedback_loss(logits[head], columns[f"feedback/{head}"])[0].double() for head in self._feedback_heads
+            head: feedback_loss(logits[head], columns[f"feedback/{head}"]).double() for head in self._feedback_heads
         }
 
     def _count(self, pack: PackBatch, name: str) -> int:

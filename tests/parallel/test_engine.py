@@ -103,27 +103,6 @@ def test_bf16_weights_have_fp32_gradients() -> None:
     assert_equal_weights(results, want, 0.05)
 
 
-def forward_only(process: ProcessInfo) -> None:
-    groups = start(LayoutConfig(), process)
-    model, wrapped = make(groups, torch.float32)
-    wrapped.zero_grad_buffer()
-    packs = packs_of(0)
-    reports = run_schedule(
-        wrapped,
-        lambda pack: (loss_of(model, pack, 1), {"number": pack["number"]}),
-        iter([pack | {"number": n} for n, pack in enumerate(packs)]),
-        num_packs=4,
-        tokens_per_pack=5,
-        forward_only=True,
-    )
-    assert [report["number"] for report in reports] == [0, 1, 2, 3]
-    assert all(not parameter.main_grad.any() for parameter in model.parameters())
-
-
-def test_forward_only_leaves_no_gradient() -> None:
-    run_ranks(forward_only, 1)
-
-
 def same_output_and_gradients(process: ProcessInfo) -> None:
     groups = start(LayoutConfig(), process)
     config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=torch.float64)
