@@ -1,4 +1,4 @@
-"""One way to show long work: a bar with rate and time left, on standard error."""
+"""What a command shows: results on standard output, long work as a bar with rate and time left on standard error."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,6 +8,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+
+def say(text: str) -> None:
+    """Prints a part of the result, at once."""
+    print(text, flush=True)  # noqa: T201
 
 
 def track(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> Iterator[T]:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megarec.base.config import build, flatten, plain
 from megarec.base.errors import UserError, nearest, run_command
+from megarec.base.progress import say
 
 C = TypeVar("C")
 
@@ -53,7 +54,7 @@ def read_command_line(name: str, kind: type, *, about: str, presets: str | None 
     arguments = sys.argv[1:]
     if any(a in ("-h", "--help") for a in arguments):
         settings = _compose(kind, presets, [])
-        print(_help(name, about, settings))  # noqa: T201
+        say(_help(name, about, settings))
         sys.exit(0)
     show = "--show-config" in arguments
     overrides = [a for a in arguments if a != "--show-config"]
@@ -64,7 +65,7 @@ def read_command_line(name: str, kind: type, *, about: str, presets: str | None 
             raise UserError(f"'{override}' adds or removes a key", where=name, fix="Only existing keys can be set")
     settings = _compose(kind, presets, overrides)
     if show:
-        print(yaml.safe_dump(settings, sort_keys=False), end="")  # noqa: T201
+        say(yaml.safe_dump(settings, sort_keys=False).rstrip())
         sys.exit(0)
     return settings
 

@@ -8,6 +8,7 @@ from typing import Any
 from megarec.base.config import plain
 from megarec.base.errors import UserError, nearest
 from megarec.base.files import new_file, write_json
+from megarec.base.progress import say
 from megarec.inference.evaluate import Result
 
 FORMAT = "megarec-evaluation-1"
@@ -80,11 +81,6 @@ def align(rows: Sequence[Sequence[str]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     )
-
-
-def say(line: str) -> None:
-    """Prints a part of the result."""
-    print(line)  # noqa: T201
 
 
 def _headline(result: Result) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megarec.base.errors import UserError, nearest
+from megarec.base.progress import say
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.parallel.broadcast import broadcast_object, gather_objects
 from megarec.train import state
@@ -60,7 +61,7 @@ class EvaluationHook(Hook):
             with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": trainer.step, "metrics": metrics}) + "\n")
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print(f"evaluation at step {trainer.step}  {shown}", flush=True)  # noqa: T201
+            say(f"evaluation at step {trainer.step}  {shown}")
         self._keep_best(trainer, metrics)
 
     def _keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.base.progress import say
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
 from megarec.train.step import StepResult
@@ -40,7 +41,7 @@ class LoggingHook(Hook):
             self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=trainer.step or None)
         dense = sum(p.numel() for p in trainer.model.parameters())
         tables = trainer.machinery.tables
-        _say(
+        say(
             f"{trainer.config.model.name}: {dense:,} dense weights, {tables.num_rows:,} table rows x {tables.width}; "
             f"{trainer.groups.world.size} ranks; matmul peak {peak / 1e12:.3g} TFLOP/s per rank; "
             f"steps {trainer.step:,} to {trainer.config.num_steps:,}"
@@ -93,7 +94,7 @@ class LoggingHook(Hook):
                     self._board.add_scalar(name, value, trainer.step)
             for name, value in losses.items():
                 self._board.add_scalar(f"loss/{name}", value, trainer.step)
-        _say(
+        say(
             f"step {trainer.step:>{len(str(trainer.config.num_steps))}}/{trainer.config.num_steps}"
             f"  loss {'  '.join(f'{name} {value:.4f}' for name, value in losses.items())}"
             f"  grad {result.grad_norm:.3g}"
@@ -124,7 +125,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a kill
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megarec.base.errors import UserError
 from megarec.base.files import new_directory
+from megarec.base.progress import say
 from megarec.cli.evaluate import Trained, dataset_of, open_trained
 from megarec.data.dataset import Dataset
 from megarec.data.evaluation import evaluation_batches
@@ -116,8 +117,3 @@ def _outputs(prediction: Prediction) -> Mapping[str, Tensor]:
 def _relative_gap(one: Tensor, other: Tensor) -> float:
     one, other = one.double(), other.double()
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30))
-
-
-def say(line: str) -> None:
-    """Prints one line of the command's result."""
-    print(line)  # noqa: T201

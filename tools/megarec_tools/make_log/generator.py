@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from megarec.base.config import plain
 from megarec.base.files import new_directory, sha256_of, write_json
-from megarec.base.progress import bar, track
+from megarec.base.progress import bar, say, track
 from megarec_tools.make_log import reaction
 from megarec_tools.make_log.catalog import make_catalog
 from megarec_tools.make_log.config import MakeLogConfig
@@ -60,7 +60,7 @@ def make_log(config: MakeLogConfig) -> None:
             "files": {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in paths},
         }
         write_json(folder / "log.json", summary)
-    print(f"{counts[LISTEN]:,} listens of {config.num_users:,} users in {config.num_files} files: {config.output}")  # noqa: T201
+    say(f"{counts[LISTEN]:,} listens of {config.num_users:,} users in {config.num_files} files: {config.output}")
 
 
 def _chunks(config: MakeLogConfig) -> Iterator[Ints]:

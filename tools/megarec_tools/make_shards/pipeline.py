@@ -21,7 +21,7 @@ from pyarrow import parquet
 from megarec.base.config import plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_directory, refuse_occupied
-from megarec.base.progress import bar
+from megarec.base.progress import bar, say
 from megarec.data.dataset import Dataset, write_dataset
 from megarec.data.schema import Schema, infer_schema, load_schema
 from megarec_tools.make_shards.assembly import Assembly
@@ -60,7 +60,7 @@ def make_shards(config: MakeShardsConfig) -> Dataset:
     with new_directory(output) as staging, workers(_num_processes(config, files)) as ordered_map:
         maker = _Maker(config, files=files, layout=layout, rule=rule, staging=staging, ordered_map=ordered_map)
         dataset, rejected = maker.run()
-    print(format_table(dataset.counts, rejected.by_reason))  # noqa: T201
+    say(format_table(dataset.counts, rejected.by_reason))
     return replace(dataset, path=output)
 
 
@@ -72,7 +72,7 @@ def _open_log(config: MakeShardsConfig) -> tuple[LogFiles, Schema]:
     if schema is None:
         present = columns_of(first, files.format, schema=None)
         schema = infer_schema(read_sample(files, present, schema=None).to_dict(as_series=False), where=str(first))
-        print(yaml.safe_dump(plain(schema), sort_keys=False, allow_unicode=True), end="", flush=True)  # noqa: T201
+        say(yaml.safe_dump(plain(schema), sort_keys=False, allow_unicode=True).rstrip())
         if not config.approve:
             fix = "Save it as a yaml file and name that, or add approve=true"
             raise UserError("the schema above was inferred and is not approved yet", fix=fix)
@@ -116,8 +116,8 @@ class _Maker:
         """Makes every file of the dataset; `dataset.json` comes last."""
         self.work.mkdir()
         num_rows = estimate_rows(self.files, schema=self.layout.schema)
-        bits = min(MAX_BUCKET_BITS, max(0, num_rows - 1).bit_length() - (EVENTS_PER_BUCKET - 1).bit_length())
-        spills, rejected, unsigned = self._partition(num_rows, bucket_bits=max(0, bits))
+        bits = min(MAX_BUCKET_BITS, max(0, -(-num_rows // EVENTS_PER_BUCKET) - 1).bit_length())
+        spills, rejected, unsigned = self._partition(num_rows, bucket_bits=bits)
         assembly = Assembly(
             self.config,
             layout=self.layout,
@@ -126,7 +126,7 @@ class _Maker:
             work=self.work,
             unsigned=unsigned,
         )
-        self._build_buckets(spills, assembly, num_buckets=1 << max(0, bits))
+        self._build_buckets(spills, assembly, num_buckets=1 << bits)
         assembly.finish_tables()
         counts = self.counts + assembly.counts
         num_rows = sum(counts[key] for key in ("train_events", "eval_history_events", "targets"))

@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from megarec.base.files import new_file
+from megarec.base.progress import say
 from megarec_tools.report.charts import COLORS, draw_lines
 from megarec_tools.report.command import ReportConfig
 from megarec_tools.report.runs import Run, differing_settings, read_runs
@@ -58,7 +59,7 @@ def write_report(config: ReportConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_file(output) as staging:
         staging.write_text(html, encoding="utf-8")
-    print(f"{output}: {len(runs)} runs, {len(html.encode()) / 1e6:.1f} MB")  # noqa: T201
+    say(f"{output}: {len(runs)} runs, {len(html.encode()) / 1e6:.1f} MB")
 
 
 def render(runs: Sequence[Run], *, title: str) -> str:
