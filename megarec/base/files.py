@@ -54,7 +54,7 @@ def refuse_occupied(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON with sorted keys left in the order given, whole or not at all."""
+    """Writes `value` as indented JSON, keys in the order given, whole or not at all."""
     with new_file(path) as staging:
         staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

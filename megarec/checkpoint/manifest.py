@@ -42,7 +42,7 @@ class Manifest:
         format: the version of this layout.
         step: optimizer steps done.
         files: one per rank.
-        state: what training needs besides tensors: lane positions, best metric, step counts.
+        state: what training needs besides tensors: lane positions, update counts, where each table begins.
         config: the run's whole configuration.
     """
 

@@ -15,7 +15,7 @@ class Randomness:
     """What a forward pass draws its dropout from.
 
     Attributes:
-        key: one per pack of one step: `derive_key(seed, "dropout", lane, number)`.
+        key: one per pack, derived from (seed, lane, pack number).
         token: `[T]` int64, the number of each token in its pack, counted before any slicing.
     """
 

@@ -37,7 +37,7 @@ class PackBatch:
     rows: dict[str, Tensor]
 
     @property
-    def num_tokens(self) -> int:
+    def num_events(self) -> int:
         """Living events."""
         return int(self.columns["cu_seqlens"][-1])
 

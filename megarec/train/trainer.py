@@ -129,7 +129,7 @@ class Trainer:
 
     def _measure(self, batch: StepBatch, waited: float) -> Work:
         flops = float(sum(self._flops(pack) for pack in batch.packs))
-        tokens = sum(pack.num_tokens for pack in batch.packs) * self.config.model.tokens_per_event
+        tokens = sum(pack.num_events for pack in batch.packs) * self.config.model.tokens_per_event
         totals = torch.tensor([float(tokens), flops], dtype=torch.float64, device=self.groups.device)
         dist.all_reduce(totals, group=self.groups.data.process_group)
         return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)

@@ -12,7 +12,7 @@ MAX_DAYS = 40_000  # seconds stay below 2^32
 class MakeLogConfig:
     """What log to write, and where.
 
-    Args:
+    Attributes:
         output: the folder to make.
         num_users: users, each with at least one listen.
         num_items: items of the catalogue.

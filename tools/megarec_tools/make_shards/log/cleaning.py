@@ -153,7 +153,7 @@ def _texts(values: pl.Series, rejects: Rejects) -> pl.Series:
 
 
 def _integers(values: pl.Series, rejects: Rejects) -> pl.Series:
-    """Integers from -2^63 to 2^64 - 1; those of 2^63 and more wrap to negative ones (`spill` tells them apart)."""
+    """Integers from -2^63 to 2^64 - 1; those of 2^63 and more wrap to negative ones (`Rejects.signs` says so)."""
     beyond, broken = f"'{values.name}' is beyond 64 bits", f"'{values.name}' is not an integer"
     if values.dtype == pl.UInt64:
         wrapped = values.reinterpret(signed=True)
