@@ -13,7 +13,7 @@ from torch import Tensor
 from megarec.base.random_torch import hash_torch
 from megarec.embedding.config import TableConfig
 
-_VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
+VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 
 
 def make_state(config: TableConfig, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def update_rows(
             down at random, by how near each is, so that small updates are not lost.
     """
     key, global_rows = rounding
-    rows_at_once = max(1, _VALUES_AT_ONCE[values.device.type] // values.shape[1])
+    rows_at_once = max(1, VALUES_AT_ONCE[values.device.type] // values.shape[1])
     for start in range(0, rows.numel(), rows_at_once):
         part = slice(start, start + rows_at_once)
         touched, gradient = rows[part], grad[part] * scale

@@ -12,10 +12,9 @@ from megarec.base.random_torch import normal_torch
 from megarec.embedding.config import TableConfig, TableSpec
 from megarec.embedding.exchange import find_unique, open_route
 from megarec.embedding.lookup import Fetched, gradient_dtype, sum_by_row
-from megarec.embedding.optimizer import make_state, update_rows
+from megarec.embedding.optimizer import VALUES_AT_ONCE, make_state, update_rows
 from megarec.parallel.groups import Group
 
-_VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 _GATHERED_AT_ONCE = 1 << 22
 
 
@@ -181,7 +180,7 @@ class TableGroup:
         columns = torch.arange(self.width, device=device)
         begin = -(-(first - self._rank) // self._world)
         end = -(-(first + spec.num_rows - self._rank) // self._world)
-        rows_at_once = max(1, _VALUES_AT_ONCE[device.type] // self.width)
+        rows_at_once = max(1, VALUES_AT_ONCE[device.type] // self.width)
         for start in range(begin, end, rows_at_once):
             stop = min(start + rows_at_once, end)
             rows = torch.arange(start, stop, device=device) * self._world + self._rank - first

@@ -28,8 +28,7 @@ from megarec.base.errors import UserError
 from megarec.base.files import new_directory, read_json, sha256_of, write_json
 from megarec.data.dataset import Dataset, FieldInfo
 from megarec.data.schema import Schema
-from megarec.models.argus.config import ArgusConfig
-from megarec.models.hstu.config import HstuConfig
+from megarec.models.choice import ModelConfig
 from megarec.models.shape import input_shape
 
 FORMAT = "megarec-bundle-1"
@@ -54,7 +53,7 @@ class BundleConfig:
         split: the split those numbers belong to.
     """
 
-    model: ArgusConfig | HstuConfig
+    model: ModelConfig
     schema: Schema
     fields: dict[str, FieldInfo]
     has_timestamps: bool

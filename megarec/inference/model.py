@@ -17,7 +17,7 @@ from megarec.models.choice import ModelConfig
 from megarec.models.inputs import Events
 from megarec.models.registry import build_model
 from megarec.models.rows import RowMap
-from megarec.models.shape import FieldSlots, InputShape
+from megarec.models.shape import TIME_GAP, FieldSlots, InputShape
 from megarec.parallel.parts import local_parts
 
 ITEMS_AT_ONCE = 1 << 16
@@ -180,7 +180,7 @@ class LocalModel:
 
     def _asked_context(self) -> list[FieldSlots]:
         """The context fields that data brings; `time_gap` is made of times."""
-        return [f for f in self.shape.context if f.name != "time_gap"]
+        return [f for f in self.shape.context if f.name != TIME_GAP]
 
 
 def _shifted(column: Array, last: Int64, after: Array) -> Array:

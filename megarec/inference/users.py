@@ -44,8 +44,7 @@ def _history(block: Block, row: int, dataset: Dataset) -> Histories:
     events = slice(int(block.offsets[row]), int(block.offsets[row + 1]))
     columns = {name: column for name, column in block.columns.items() if name != "timestamp"}
     fields = {name: column[events].astype(np.int32) for name, column in columns.items()}
-    without = np.zeros(len(block.columns["item"]), np.int64)
-    timestamp = block.columns.get("timestamp", without)[events].astype(np.int64)
+    timestamp = block.columns["timestamp"][events].copy()  # torch wants arrays that can be written to
     newest = timestamp[-1:] if len(timestamp) else np.zeros(1, np.int64)
     context = [name for name, info in dataset.fields.items() if info.role == "context"]
     return Histories(

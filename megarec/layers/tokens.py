@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megarec_kernels.hstu_attention.cpu import TimeBuckets
+from megarec_kernels.hstu_attention import TimeBuckets
 from megarec_kernels.tiles import TilePlan, plan_tiles
 from torch import Tensor
 

@@ -6,8 +6,7 @@ from typing import Literal
 from megarec.base.errors import UserError
 from megarec.data.stream import StreamConfig
 from megarec.embedding.config import TableConfig
-from megarec.models.argus.config import ArgusConfig
-from megarec.models.hstu.config import HstuConfig
+from megarec.models.choice import ModelConfig
 from megarec.optim.config import OptimizerSettings
 from megarec.parallel.layout import LayoutConfig
 
@@ -92,7 +91,7 @@ class TrainConfig:
     evaluate_every_steps: int = 0
     evaluate_users: int = 0
     tensorboard: bool = True
-    model: ArgusConfig | HstuConfig
+    model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)

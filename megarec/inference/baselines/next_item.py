@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megarec.base.jagged import gather_indices
+from megarec.base.jagged import gather_indices, lengths_to_offsets
 from megarec.data.block import Block
 from megarec.inference.baselines.config import BaselineConfig
 from megarec.inference.histories import Histories, Prediction, Targets
@@ -46,10 +46,10 @@ class TrainEvents:
         for block in blocks:
             lengths.append(np.diff(block.offsets))
             items.append(block.columns["item"].astype(np.int32))
-            times.append(block.columns.get("timestamp", np.zeros(len(items[-1]), np.int64)).astype(np.int64))
+            times.append(block.columns["timestamp"])
         empty = [np.zeros(0, np.int64)]
         return cls(
-            offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths or empty))]).astype(np.int64),
+            offsets=lengths_to_offsets(np.concatenate(lengths or empty)),
             item=np.concatenate(items or empty).astype(np.int32),
             timestamp=np.concatenate(times or empty),
             num_items=num_items,

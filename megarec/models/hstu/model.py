@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megarec_kernels.hstu_attention.cpu import bucket_times
+from megarec_kernels.hstu_attention import bucket_times
 
 from megarec.layers.hstu_block import HstuBlock
 from megarec.layers.tokens import Tokens

@@ -207,8 +207,8 @@ class Assembly:
     def _write_users(self) -> None:
         """`vocab/user.parquet`: the users that are trained on, then the others, each by number."""
         path = self._staging / "vocab" / "user.parquet"
-        schema = pa.schema({"user": pa.int64(), "raw": self._raw_users(self._buckets[0], trained=True).to_arrow().type})
-        number, waiting = 0, pl.Series("raw", [], dtype=self._raw_users(self._buckets[0], trained=True).dtype)
+        number, waiting = 0, self._raw_users(self._buckets[0], trained=True).clear()
+        schema = pa.schema({"user": pa.int64(), "raw": waiting.to_arrow().type})
         with parquet.ParquetWriter(path, schema) as writer:
             for trained in (True, False):
                 for bucket in self._buckets:

@@ -178,17 +178,13 @@ class _Bucket:
     def columns(self, start: Int64, length: Int64) -> dict[str, Array]:
         """The events of the slices `[start, start + length)` end to end, as ids by field, and `timestamp`."""
         at = gather_indices(start, length)
-        found: dict[str, Array] = {"timestamp": self._numpy("timestamp")[at]}
+        found: dict[str, Array] = {"timestamp": self._arrays["timestamp"][at]}
         for name, info in self.task.fields.items():
             if info.role == "item_side":
                 continue
-            slots = [self._ids(name, info, raw=self._numpy(f"{name}/{slot}")[at]) for slot in range(info.slots)]
+            slots = [self._ids(name, info, raw=self._arrays[f"{name}/{slot}"][at]) for slot in range(info.slots)]
             found[name] = slots[0] if info.slots == 1 else np.stack(slots, axis=1)
         return found
-
-    def _numpy(self, name: str) -> Array:
-        column: Array = self._arrays[name]
-        return column
 
     @cached_property
     def _arrays(self) -> dict[str, Array]:
