@@ -14,7 +14,7 @@ from megarec.base.errors import UserError
 from megarec.base.jagged import gather_indices, lengths_to_offsets, segment_positions
 from megarec.inference.histories import Array, Histories, Int64, Prediction, Targets
 from megarec.models.choice import ModelConfig
-from megarec.models.inputs import Events
+from megarec.models.inputs import EVENT_PARTS, Events
 from megarec.models.registry import build_model
 from megarec.models.rows import RowMap
 from megarec.models.shape import TIME_GAP, FieldSlots, InputShape
@@ -159,21 +159,23 @@ class LocalModel:
         lengths = np.diff(histories.cu_seqlens)
         last = histories.cu_seqlens[1:] - 1
         position = segment_positions(lengths)
-        gaps = np.diff(histories.timestamp, prepend=0)
-        gaps[position == 0] = -1
         fields = histories.fields
         following = {f.name: _shifted(fields[f.name], last, _query_ids(histories, f)) for f in self._asked_context()}
         next_timestamp = _shifted(histories.timestamp, last, histories.query_time)
+        rows = self._rows.events(
+            fields,
+            next_fields=following,
+            next_item=_shifted(fields["item"].astype(np.int64), last, next_item),
+            timestamp=histories.timestamp,
+            position=position,
+            next_gap_seconds=next_timestamp - histories.timestamp,
+        )
         columns = {
             "cu_seqlens": histories.cu_seqlens,
             "position": position,
             "timestamp": histories.timestamp,
             "next_timestamp": next_timestamp,
-            "context_rows": self._rows.context(fields, gap_seconds=gaps),
-            "item_rows": self._rows.item(fields["item"].astype(np.int64)),
-            "feedback_rows": self._rows.feedback(fields, len(position)),
-            "next_context_rows": self._rows.context(following, gap_seconds=next_timestamp - histories.timestamp),
-            "next_item_rows": self._rows.item(_shifted(fields["item"].astype(np.int64), last, next_item)),
+            **{f"{part}_rows": rows[part] for part in EVENT_PARTS},
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(c).to(self._device) for name, c in columns.items()}
         return Events(**tensors)

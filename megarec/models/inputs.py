@@ -11,6 +11,10 @@ Lookup = Callable[[Tensor], Tensor]
 """Rows `[..., S]` (int64) to the sum of their vectors `[..., E]`; -1 gives nothing."""
 
 
+EVENT_PARTS = ("context", "item", "feedback", "next_context", "next_item")
+"""What has rows in `Events`: part `item` is the field `item_rows`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Events:
     """`T` events of `B` histories end to end; what follows `cu_seqlens[-1]` is dead padding.

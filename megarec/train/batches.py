@@ -12,11 +12,12 @@ from megarec.base.random import derive_key, integers_numpy
 from megarec.data.packs import Pack
 from megarec.data.prefetch import Prefetcher
 from megarec.data.stream import TrainStream
+from megarec.models.inputs import EVENT_PARTS
 from megarec.models.rows import RowMap
 from megarec.train.config import ObjectiveConfig
 
 Int64 = npt.NDArray[np.int64]
-ROW_PARTS = ("context", "item", "feedback", "next_context", "next_item", "candidates")
+ROW_PARTS = (*EVENT_PARTS, "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +84,15 @@ class BatchMaker:
     def make(self, pack: Pack) -> PackBatch:
         """The tensors of one pack; a function of the pack and the seed alone."""
         key = derive_key(self._seed, "pack", pack.lane, pack.number)
-        length = len(pack.position)
-        gaps, next_gaps = _seconds_between(pack)
-        item, next_item = pack.fields["item"].astype(np.int64), pack.next_fields["item"].astype(np.int64)
-        asked = np.where(pack.has_target, next_item, -1)
-        rows = {
-            "context": self._row_map.context(pack.fields, gap_seconds=gaps),
-            "item": self._row_map.item(item),
-            "feedback": self._row_map.feedback(pack.fields, length),
-            "next_context": self._row_map.context(pack.next_fields, gap_seconds=next_gaps),
-            "next_item": self._row_map.item(asked),
-        }
+        asked = np.where(pack.has_target, pack.next_fields["item"], -1).astype(np.int64)
+        rows = self._row_map.events(
+            pack.fields,
+            next_fields=pack.next_fields,
+            next_item=asked,
+            timestamp=pack.timestamp,
+            position=pack.position,
+            next_gap_seconds=np.where(pack.has_target, pack.next_timestamp - pack.timestamp, -1),
+        )
         targets, columns = self._next_item_columns(asked, key)
         rows["candidates"] = self._row_map.item_tower(targets)
         columns.update(
@@ -190,12 +189,3 @@ def _number_distinct(ids: Int64, num_items: int) -> tuple[Int64, Int64]:
     marks = np.zeros(num_items + 1, dtype=np.int64)
     marks[ids] = 1
     return np.flatnonzero(marks), (np.cumsum(marks) - 1)[ids]
-
-
-def _seconds_between(pack: Pack) -> tuple[Int64, Int64]:
-    """Seconds since the event before (-1 for a history's first) and until the next event, `[T]` each."""
-    gaps = np.full(len(pack.timestamp), -1, dtype=np.int64)
-    inside = pack.position[1:] > 0
-    gaps[1:][inside] = np.diff(pack.timestamp)[inside]
-    next_gaps = np.where(pack.has_target, pack.next_timestamp - pack.timestamp, -1)
-    return gaps, next_gaps

@@ -10,7 +10,7 @@ from megarec.layers.dropout import Randomness
 from megarec.losses.feedback import feedback_loss
 from megarec.losses.full_softmax import full_softmax
 from megarec.losses.sampled_softmax import sampled_softmax, sampled_softmax_per_position
-from megarec.models.inputs import Events, Lookup
+from megarec.models.inputs import EVENT_PARTS, Events, Lookup
 from megarec.models.model import RecModel
 from megarec.train.batches import PackBatch
 from megarec.train.config import ObjectiveConfig
@@ -131,10 +131,6 @@ def _events(pack: PackBatch, columns: Mapping[str, Tensor], rows: Mapping[str, T
         position=columns["position"],
         timestamp=columns["timestamp"],
         next_timestamp=columns["next_timestamp"],
-        context_rows=rows["context"],
-        item_rows=rows["item"],
-        feedback_rows=rows["feedback"],
-        next_context_rows=rows["next_context"],
-        next_item_rows=rows["next_item"],
+        **{f"{part}_rows": rows[part] for part in EVENT_PARTS},
         randomness=Randomness(key=derive_key(pack.key, "dropout"), token=token),
     )
