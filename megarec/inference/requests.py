@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,10 @@ from megarec.base.errors import UserError, nearest
 from megarec.base.jagged import lengths_to_offsets
 from megarec.data.dataset import Dataset, FieldInfo
 from megarec.data.schema import FieldSchema
+from megarec.data.values import FALSE_TEXTS, MAX_TIME_US, MICROSECONDS, TRUE_TEXTS, UNIT_LIMITS, parse_time
 from megarec.inference.histories import Histories
 
 REQUEST_KEYS = ("user", "events", "at", "context", "items")
-YES = frozenset({"true", "1", "1.0", "yes", "y", "t"})
-NO = frozenset({"false", "0", "0.0", "no", "n", "f"})
-SECONDS_OF_UNIT = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-UNIT_LIMITS = ((1e11, "s"), (1e14, "ms"), (math.inf, "us"))  # as the shards decide when the schema leaves it open
-MAX_TIME_SECONDS = 253_402_300_800  # the year 10000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,25 +219,23 @@ def read_seconds(value: Any, unit: str, *, where: str) -> int:
         except OverflowError:
             number = math.inf
     if number is None:
-        number, unit = _seconds_of_text(value, where=where), "s"
+        number, unit = _parse_moment(value, where=where), "us"
     if not math.isfinite(number) or number < 0:
         raise UserError(f"{str(value)[:40]!r} is not a time", where=where)
-    if unit not in SECONDS_OF_UNIT:
-        unit = next(name for limit, name in UNIT_LIMITS if number < limit)
-    seconds = number * SECONDS_OF_UNIT[unit]
-    if seconds >= MAX_TIME_SECONDS:
+    if unit not in MICROSECONDS:
+        unit = next((name for limit, name in UNIT_LIMITS if number < limit), "us")
+    if number * MICROSECONDS[unit] > MAX_TIME_US:
         raise UserError(f"{str(value)[:40]!r} is beyond the year 9999", where=where)
-    return int(seconds)
+    return int(number * MICROSECONDS[unit] // MICROSECONDS["s"])
 
 
-def _seconds_of_text(value: Any, *, where: str) -> float:
+def _parse_moment(value: Any, *, where: str) -> int:
     if value is None:
         raise UserError("no timestamp", where=where)
-    try:
-        moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{str(value)[:40]!r} is not a time", where=where) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    moment = parse_time(value) if isinstance(value, str) else None
+    if moment is None:
+        raise UserError(f"{str(value)[:40]!r} is not a time", where=where)
+    return moment
 
 
 def _read_vocabulary(path: Path, info: FieldInfo) -> dict[Any, int]:
@@ -281,9 +274,9 @@ def _split(value: Any, schema: FieldSchema) -> list[Any]:
 
 def _read_flag(value: Any, *, where: str) -> int:
     text = str(value).lower()
-    if text not in YES | NO:
+    if text not in TRUE_TEXTS + FALSE_TEXTS:
         raise UserError(f"{str(value)[:40]!r} is neither true nor false", where=where)
-    return 1 + int(text in YES)
+    return 1 + int(text in TRUE_TEXTS)
 
 
 def _read_number(value: Any, *, where: str) -> float:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from megarec.base.errors import UserError
 from megarec.base.jagged import lengths_to_offsets
 from megarec.base.random import derive_key, uniform_numpy
+from megarec.data.values import parse_time
 from megarec_tools.make_shards.config import SplitConfig
-from megarec_tools.make_shards.log.cleaning import parse_time
 
 Int64 = npt.NDArray[np.int64]
 
@@ -54,9 +54,9 @@ class SplitRule:
         """Splits users whose sorted events lie end to end.
 
         Args:
-            hashes: of each user, `[U]`.
-            lengths: events of each user, at least 1, `[U]`.
-            times: of the events, in microseconds, `[E]`.
+            hashes: of each user, `[B]`.
+            lengths: events of each user, at least 1, `[B]`.
+            times: of the events, in microseconds, `[T]`.
         """
         if self.cut_us is not None:
             starts = lengths_to_offsets(lengths)[:-1]

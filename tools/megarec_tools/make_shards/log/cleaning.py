@@ -1,7 +1,6 @@
 """From raw columns to ids, times and numbers of one type; rows that cannot be used are named with their reason."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,11 @@ import polars as pl
 
 from megarec.base.errors import UserError
 from megarec.data.schema import FieldSchema, Schema
-from megarec_tools.make_shards.log.layout import UNITS_US, Layout, slot_columns
+from megarec.data.values import FALSE_TEXTS, MAX_TIME_US, MICROSECONDS, TRUE_TEXTS, parse_time
+from megarec_tools.make_shards.log.layout import Layout, slot_columns
 from megarec_tools.make_shards.log.reading import NOT_SCALAR, UNREADABLE
 
-MAX_TIME_US = 253402300799 * 1_000_000  # the end of the year 9999
 _YEAR_1973_US = 100_000_000 * 1_000_000
-_TRUE = ["true", "1", "1.0", "yes", "y", "t"]
-_FALSE = ["false", "0", "0.0", "no", "n", "f"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -92,18 +89,6 @@ def clean(frame: pl.DataFrame, layout: Layout) -> tuple[pl.DataFrame, Rejects]:
     good = pl.Series(rejects.code == 0)
     cleaned = pl.DataFrame(columns)
     return (cleaned if good.all() else cleaned.filter(good)), rejects
-
-
-def parse_time(text: str) -> int | None:
-    """Microseconds since 1970 of an ISO 8601 text (UTC when it names no zone); None when it is none."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    span = moment - datetime(1970, 1, 1, tzinfo=UTC)
-    return (span.days * 86400 + span.seconds) * 1_000_000 + span.microseconds
 
 
 def _field(values: pl.Series, name: str, *, layout: Layout, rejects: Rejects) -> list[pl.Series]:
@@ -213,7 +198,7 @@ def _microseconds(values: pl.Series, unit: str) -> pl.Series:
         distinct = _as_text(values).unique().drop_nulls()
         parsed = pl.Series([parse_time(text) for text in distinct], dtype=pl.Int64)
         return _as_text(values).replace_strict(distinct, parsed, default=None, return_dtype=pl.Int64)
-    scale = UNITS_US[unit]
+    scale = MICROSECONDS[unit]
     limit = MAX_TIME_US // scale + 1
     if values.dtype.is_integer():
         bounded = values.clip(None, limit) if values.dtype == pl.UInt64 else values.cast(pl.Int64)
@@ -242,7 +227,7 @@ def _numbers(values: pl.Series, *, rejects: Rejects) -> pl.Series:
 
 def _flags(values: pl.Series, *, rejects: Rejects) -> pl.Series:
     text = _as_text(values).str.to_lowercase()
-    yes, no = text.is_in(_TRUE), text.is_in(_FALSE)
+    yes, no = text.is_in(TRUE_TEXTS), text.is_in(FALSE_TEXTS)
     rejects.note(~(yes | no) & (text != ""), f"'{values.name}' is neither true nor false", values)
     flags = yes.cast(pl.Int8) + 1
     return flags.set(~(yes | no).fill_null(False), None)  # type: ignore[arg-type]

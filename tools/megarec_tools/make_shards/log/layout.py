@@ -6,9 +6,8 @@ import polars as pl
 
 from megarec.base.errors import UserError
 from megarec.data.schema import FieldSchema, Schema
+from megarec.data.values import UNIT_LIMITS
 
-UNITS_US = {"s": 1_000_000, "ms": 1000, "us": 1}
-_AUTO_LIMITS = ((1e11, "s"), (1e14, "ms"), (1e17, "us"))  # seconds below 1e11 reach to the year 5138
 _INTEGER = r"^(0|-?[1-9][0-9]*)$"
 
 
@@ -98,7 +97,7 @@ def _find_unit(values: pl.Series, *, where: str) -> str:
     if len(numbers) * 2 < len(values.drop_nulls()):
         return "iso"
     size = numbers.abs().median()
-    for limit, unit in _AUTO_LIMITS:
+    for limit, unit in UNIT_LIMITS:
         if not isinstance(size, float) or size < limit:
             return unit
     raise UserError("the times look like nanoseconds", where=where, fix="Divide them by 1000")
