@@ -69,6 +69,28 @@ def read_json(path: Path, *, what: str) -> Any:
         raise UserError(f"the {what} is not valid JSON ({error})", where=str(path)) from None
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's JSONL file, which need not exist; a last line cut short by a kill is dropped.
+
+    Raises:
+        UserError: another line is no record with a `step`.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+            records.append(record)
+        elif number < len(lines):
+            raise UserError("not a record with a step", where=f"{path}, line {number}")
+    return records
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -3,13 +3,13 @@
 megarec-evaluate model=outputs/run data=my_data output=outputs/run baselines=true oracle=my_log/oracle.parquet
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megarec.base.errors import UserError
+from megarec.base.files import read_records
 from megarec.cli.command import run
 from megarec.inference.baselines.config import BaselineConfig
 from megarec.inference.protocol import Protocol
@@ -181,15 +181,11 @@ def dataset_of(trained: Trained, data: str | None) -> "Dataset":
 
 def _last_evaluation(path: Path, step: int) -> dict[str, Any]:
     """What training measured last up to `step`, from the `evaluations.jsonl` of the run that `path` is or lies in."""
-    metrics: dict[str, Any] = {}
     for directory in (path, *path.resolve().parents[:2]):
-        file = directory / "evaluations.jsonl"
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                metrics = record["metrics"] if record["step"] <= step else metrics
-            break
-    return metrics
+        done = [record for record in read_records(directory / "evaluations.jsonl") if record["step"] <= step]
+        if done:
+            return dict(done[-1]["metrics"])
+    return {}
 
 
 if __name__ == "__main__":

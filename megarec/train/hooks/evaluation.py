@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megarec.base.errors import UserError, nearest
+from megarec.base.files import read_records
 from megarec.base.progress import say
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.parallel.broadcast import broadcast_object, gather_objects
@@ -44,9 +45,9 @@ class EvaluationHook(Hook):
         path = self._run_dir / "evaluations.jsonl"
         if trainer.groups.world.rank == 0:
             keep_until(path, trainer.step)
-            if metric and path.is_file():
-                done = [json.loads(line)["metrics"] for line in path.read_text(encoding="utf-8").splitlines()]
-                self._best = max((metrics.get(metric, self._best) for metrics in done), default=self._best)
+            if metric:
+                done = [record["metrics"].get(metric, self._best) for record in read_records(path)]
+                self._best = max(done, default=self._best)
         self._best = broadcast_object(self._best, trainer.groups.world)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:

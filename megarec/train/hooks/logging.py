@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.base.files import new_file
 from megarec.base.progress import say
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
@@ -110,7 +111,8 @@ def keep_until(path: Path, step: int) -> None:
     """Drops the lines of a JSONL file that speak of later steps than `step`."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with new_file(path) as staging:
+            staging.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def format_seconds(seconds: float) -> str:

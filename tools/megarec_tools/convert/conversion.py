@@ -18,6 +18,7 @@ from megarec.inference.evaluate import ask
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.model import LocalModel
 from megarec.inference.protocol import Protocol
+from megarec.inference.recommend import Recommender
 from megarec_tools.convert.command import ConvertConfig
 
 USERS_AT_ONCE = 16
@@ -35,21 +36,17 @@ def convert(config: ConvertConfig) -> None:
     dataset = dataset_of(trained, config.data)
     # the bundle gets its name only after the gate
     with new_directory(Path(config.output)) as staging:
-        inner = staging / "bundle"
         write_bundle(
-            inner, bundle_config(trained, dataset), dense=trained.dense, tables=trained.tables, dataset=dataset
+            staging, bundle_config(trained, dataset), dense=trained.dense, tables=trained.tables, dataset=dataset
         )
-        difference, num_users = compare(trained, inner, dataset, num_users=config.check_users)
+        difference, num_users = compare(trained, staging, dataset, num_users=config.check_users)
         if not difference <= config.tolerance:
             raise UserError(
                 f"bundle and checkpoint differ by {difference:.2e}, allowed is {config.tolerance:.0e}",
                 where=config.output,
                 fix="Nothing was written",
             )
-        num_bytes = sum(file.stat().st_size for file in inner.rglob("*") if file.is_file())
-        for entry in list(inner.iterdir()):
-            entry.rename(staging / entry.name)
-        inner.rmdir()
+        num_bytes = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     say(f"bundle of step {trained.step:,} written to {config.output}: {num_bytes / 1e6:,.1f} MB")
     say(f"largest difference to the checkpoint on {num_users} users: {difference:.2e} (allowed {config.tolerance:.0e})")
 
@@ -71,16 +68,13 @@ def bundle_config(trained: Trained, dataset: Dataset) -> BundleConfig:
 def compare(trained: Trained, bundle: Path, dataset: Dataset, *, num_users: int) -> tuple[float, int]:
     """The largest difference between checkpoint and bundle over scores and logits, and on how many users.
 
-    A difference is divided by the largest magnitude of its kind. The bundle goes the whole way a user's bundle goes:
-    opened from its files, catalog and all.
+    A difference is divided by the largest magnitude of its kind. The bundle goes the whole way of a user's bundle.
 
     Raises:
         UserError: the eval split has nobody to compare on.
     """
     from_checkpoint = trained.local_model(dataset.fields, dataset.item_side())
-    opened = open_trained(bundle)
-    catalog = open_bundle(bundle).catalog
-    from_bundle = opened.local_model(catalog.fields, catalog.item_side())
+    from_bundle = Recommender(open_bundle(bundle)).model
     gaps, done = [], 0
     for histories, targets in _questions(dataset, trained.max_history_events):
         gaps.append(_difference(from_checkpoint, from_bundle, histories, targets))

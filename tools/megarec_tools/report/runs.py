@@ -1,6 +1,5 @@
 """What a run directory says, read without trust."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 
 from megarec.base.config import flatten
 from megarec.base.errors import UserError
-from megarec.base.files import read_json
+from megarec.base.files import read_json, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def _read_run(path: Path, *, name: str) -> Run:
         raise UserError(f"not valid yaml ({' '.join(str(error).split())[:120]})", where=str(file)) from None
     if not isinstance(config, dict):
         raise UserError("not a mapping of settings", where=str(file))
-    metrics = _read_lines(path / "metrics.jsonl")
+    metrics = read_records(path / "metrics.jsonl")
     if not metrics:
         raise UserError("the run has logged nothing yet", where=str(path / "metrics.jsonl"))
     results = None
@@ -86,27 +85,9 @@ def _read_run(path: Path, *, name: str) -> Run:
         name=name,
         config=config,
         metrics=metrics,
-        evaluations=_read_lines(path / "evaluations.jsonl"),
+        evaluations=read_records(path / "evaluations.jsonl"),
         results=results,
     )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, which need not exist; a last line cut short by a kill is dropped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int | float):
-            records.append(record)
-        elif number < len(lines):
-            raise UserError("not a record with a step", where=f"{path}, line {number}")
-    return records
 
 
 def _series(records: Sequence[dict[str, Any]], path: Sequence[str]) -> tuple[list[float], list[float]]:
