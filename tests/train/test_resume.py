@@ -33,6 +33,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[dict[str, Any], int], TrainConfig]:
+    """The run that nobody kills, trained once per model and number of ranks."""
+    done: dict[tuple[str, int], TrainConfig] = {}
+
+    def train_once(model: dict[str, Any], num_ranks: int) -> TrainConfig:
+        key = (model["name"], num_ranks)
+        if key not in done:
+            done[key] = make_config(world, tmp_path_factory.mktemp("whole"), model=model)
+            run_ranks(run, num_ranks, done[key])
+        return done[key]
+
+    return train_once
+
+
 def kill_in_step(number: int) -> None:
     """Dies before optimizer step `number`, between two checkpoints."""
     original, done = step_module.run_schedule, [0]
@@ -94,11 +111,12 @@ def killed_run(process: ProcessInfo, config: TrainConfig, kill: Callable[[int], 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", KILLS)
-def test_resume_is_bit_for_bit(tmp_path: Path, world: Path, name: str, num_ranks: int) -> None:
+def test_resume_is_bit_for_bit(
+    tmp_path: Path, world: Path, uninterrupted: Callable[..., TrainConfig], name: str, num_ranks: int
+) -> None:
     kill, number, left = KILLS[name]
     model = SMALL_HSTU if name == "inside an epoch" else SMALL_ARGUS
-    whole = make_config(world, tmp_path / "whole", model=model)
-    run_ranks(run, num_ranks, whole)
+    whole = uninterrupted(model, num_ranks)
     broken = make_config(world, tmp_path / "broken", model=model)
     # With several ranks a pack number counts per rank, so every rank dies at the same place.
     lanes_per_rank = whole.stream.lanes // num_ranks
@@ -120,9 +138,10 @@ def metrics_of(config: TrainConfig) -> list[tuple[int, str]]:
     return [(record["step"], json.dumps(record["losses"])) for record in records]
 
 
-def test_resume_on_another_number_of_ranks_continues_the_same_stream(tmp_path: Path, world: Path) -> None:
-    whole = make_config(world, tmp_path / "whole")
-    run_ranks(run, 1, whole)
+def test_resume_on_another_number_of_ranks_continues_the_same_stream(
+    tmp_path: Path, world: Path, uninterrupted: Callable[..., TrainConfig]
+) -> None:
+    whole = uninterrupted(SMALL_ARGUS, 1)
     moved = make_config(world, tmp_path / "moved", num_steps=8)
     run_ranks(run, 2, moved)
     run_ranks(run, 1, build(TrainConfig, {**plain(moved), "num_steps": 12}))
