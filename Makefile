@@ -18,7 +18,8 @@ install: .venv/.installed ## make .venv with megarec and its development tools
 quickstart: install ## log -> shards -> train -> evaluate -> convert -> recommend -> report, on the CPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
-lint: install ## ruff, mypy, import floors
+lint: install ## format, ruff, mypy, import floors
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -34,14 +34,14 @@ _HEAD = ("format", "users", "events", "codec")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The histories of n users end to end.
+    """The histories of B users end to end.
 
     Attributes:
-        user: user index, `[n]`.
-        offsets: where each user's events begin, `[n + 1]`, from 0 to E.
-        columns: one array `[E]` (or `[E, slots]`) of ids per field, and `timestamp` `[E]` in seconds.
-        query_time: evaluation only: the time the question is asked, in seconds, `[n]`.
-        target_offsets: evaluation only: where each user's targets begin, `[n + 1]`.
+        user: user index, `[B]`.
+        offsets: where each user's events begin, `[B + 1]`, from 0 to T.
+        columns: one array `[T]` (or `[T, slots]`) of ids per field, and `timestamp` `[T]` in seconds.
+        query_time: evaluation only: the time the question is asked, in seconds, `[B]`.
+        target_offsets: evaluation only: where each user's targets begin, `[B + 1]`.
         target_columns: evaluation only: as `columns`, of the targets.
     """
 

@@ -15,7 +15,7 @@ Bool = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """The unit of training work: E events, always the same E, of B windows end to end and a dead tail.
+    """The unit of training work: T events, always the same T, of B windows end to end and a dead tail.
 
     What happens next is made here, before anything is sliced over ranks: `next_fields[name][t]` is what
     `fields[name]` is for the same user's next event, wherever that event is.
@@ -26,14 +26,14 @@ class Pack:
         epoch: the lane's epoch.
         cu_seqlens: where each window begins, in events, `[B + 1]`; everything from `cu_seqlens[-1]` on is dead.
         user: user index of each window, `[B]`.
-        position: the event's place in its window, from 0, `[E]`; 0 when dead.
-        timestamp: the event's time in seconds, `[E]`; 0 when dead or without timestamps.
-        next_timestamp: the next event's time, which is when the question about it is asked, `[E]`; a live event without
+        position: the event's place in its window, from 0, `[T]`; 0 when dead.
+        timestamp: the event's time in seconds, `[T]`; 0 when dead or without timestamps.
+        next_timestamp: the next event's time, which is when the question about it is asked, `[T]`; a live event without
             a target has its own.
-        fields: ids of the item and of each context and feedback field, `[E]` or `[E, slots]`; -1 when dead, and in
+        fields: ids of the item and of each context and feedback field, `[T]` or `[T, slots]`; -1 when dead, and in
             unused slots. Item-side ids follow from the item: `Dataset.item_side`.
         next_fields: the same of the next event; -1 without a target.
-        has_target: whether the next event is to be predicted, `[E]`.
+        has_target: whether the next event is to be predicted, `[T]`.
     """
 
     lane: int

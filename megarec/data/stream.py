@@ -72,7 +72,7 @@ class StreamConfig:
 
     @property
     def events_per_pack(self) -> int:
-        """Events of a pack, E."""
+        """Events of a pack, T."""
         return self.tokens_per_pack // self.tokens_per_event
 
     @property

@@ -20,7 +20,7 @@ def measure_ranks(rank: npt.NDArray[np.number], *, cutoffs: Sequence[int]) -> di
     here a target that was not found scores 0 in `mrr`.
 
     Args:
-        rank: `[U]`; 0 or inf where the target was not found.
+        rank: `[B]`; 0 or inf where the target was not found.
         cutoffs: the k's.
 
     Returns:
@@ -65,22 +65,22 @@ def measure_lists(
     of the paper.
 
     Args:
-        top_items: `[U, K]` distinct item ids, best first; -1 where a list is shorter.
-        target_offsets: `[U + 1]`, where each user's targets begin.
+        top_items: `[B, L]` distinct item ids, best first; -1 where a list is shorter than L.
+        target_offsets: `[B + 1]`, where each user's targets begin.
         target_items: `[M]` item ids, repeats allowed.
-        cutoffs: the k's, none above K.
+        cutoffs: the k's, none above L.
         num_items: size of the catalog.
 
     Returns:
         Estimates `recall@k`, `hr@k`, `ndcg@k`, coverage `coverage@k`, and the users that had no target.
 
     Raises:
-        ValueError: shapes do not fit together, a list repeats an item, or a cutoff is outside [1, K].
+        ValueError: shapes do not fit together, a list repeats an item, or a cutoff is outside [1, L].
     """
     _check_cutoffs(cutoffs)
     num_users, longest = top_items.shape
     if len(target_offsets) != num_users + 1 or target_offsets[-1] != len(target_items):
-        raise ValueError("target_offsets must be [U + 1] and end at the number of target_items")
+        raise ValueError("target_offsets must be [B + 1] and end at the number of target_items")
     if max(cutoffs, default=0) > longest:
         raise ValueError(f"cutoffs go up to {max(cutoffs)}, but the lists have {longest} items")
     user, item = _distinct_pairs(np.repeat(np.arange(num_users), np.diff(target_offsets)), target_items)
@@ -113,7 +113,7 @@ def _distinct_pairs(user: Int64, item: Int64) -> tuple[Int64, Int64]:
 
 
 def _find_hits(top_items: Int64, user: Int64, item: Int64) -> npt.NDArray[np.bool_]:
-    """Whether each listed item `[U, K]` is among its user's (sorted, distinct) targets."""
+    """Whether each listed item `[B, L]` is among its user's (sorted, distinct) targets."""
     num_users, longest = top_items.shape
     values, code = np.unique(np.concatenate([top_items.ravel(), item]), return_inverse=True)
     listed = np.repeat(np.arange(num_users), longest) * len(values) + code[: top_items.size]

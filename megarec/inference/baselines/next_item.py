@@ -29,8 +29,8 @@ class TrainEvents:
 
     Attributes:
         offsets: where each user's events begin, `[users + 1]`.
-        item: item ids, `[E]`.
-        timestamp: seconds, `[E]`.
+        item: item ids, `[T]`.
+        timestamp: seconds, `[T]`.
         num_items: item ids are smaller than this.
     """
 

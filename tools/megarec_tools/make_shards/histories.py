@@ -130,7 +130,7 @@ def _find_duplicates(frame: pl.DataFrame) -> Mask:
 def _encode(
     frame: pl.DataFrame, slots: dict[str, list[str]]
 ) -> tuple[dict[str, npt.NDArray[np.int32]], dict[str, pl.Series]]:
-    """Codes `[E]` or `[E, slots]` into the distinct values of each vocabulary; -1 where nothing is."""
+    """Codes `[T]` or `[T, slots]` into the distinct values of each vocabulary; -1 where nothing is."""
     codes, dictionaries = {}, {}
     for name, columns in slots.items():
         joined = (
