@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from synthetic import CONFIGS, FIELDS, MAX_EVENTS, SCHEMA, random_weights, write_world
 
 from megarec.base.errors import UserError
 from megarec.base.files import sha256_of
 from megarec.data.dataset import Dataset
 from megarec.inference.bundle import BundleConfig, is_bundle, open_bundle, write_bundle
+from tests.inference.synthetic import CONFIGS, FIELDS, MAX_EVENTS, SCHEMA, random_weights, write_world
 
 CONFIG = BundleConfig(
     model=CONFIGS["argus"],

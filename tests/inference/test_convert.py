@@ -9,13 +9,13 @@ import torch
 from megarec_tools.convert import conversion
 from megarec_tools.convert.command import ConvertConfig
 from megarec_tools.convert.conversion import convert
-from synthetic import CONFIGS, MAX_EVENTS, random_weights, write_world
 
 from megarec.base.errors import UserError
 from megarec.cli import evaluate as evaluate_command
 from megarec.cli.command import read_command_line
 from megarec.cli.evaluate import EvaluateConfig, Trained, measure
 from megarec.data.dataset import Dataset
+from tests.inference.synthetic import CONFIGS, MAX_EVENTS, random_weights, write_world
 
 
 @pytest.fixture(scope="module")

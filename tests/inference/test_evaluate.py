@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from synthetic import CONFIGS, MAX_EVENTS, NUM_ITEMS, make_model, raw_item, write_world
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import Dataset
@@ -19,6 +18,7 @@ from megarec.inference.evaluate import Tally, evaluate, tally
 from megarec.inference.feedback_measures import measure_feedback
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.protocol import Protocol
+from tests.inference.synthetic import CONFIGS, MAX_EVENTS, NUM_ITEMS, make_model, raw_item, write_world
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from synthetic import CONFIGS, FIELDS, MAX_EVENTS, make_model, random_weights, write_world
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import Dataset
@@ -20,6 +19,7 @@ from megarec.models.inputs import Events
 from megarec.models.registry import build_model
 from megarec.models.shape import FieldSlots, input_shape
 from megarec.parallel.parts import local_parts
+from tests.inference.synthetic import CONFIGS, FIELDS, MAX_EVENTS, make_model, random_weights, write_world
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import CONFIGS, FIELDS, MAX_EVENTS, SCHEMA, make_model, random_weights, raw_item, write_world
 
 from megarec.base.errors import UserError
 from megarec.cli.recommend import RecommendConfig, recommend
@@ -18,6 +17,16 @@ from megarec.inference.bundle import BundleConfig, open_bundle, write_bundle
 from megarec.inference.recommend import Recommender
 from megarec.inference.requests import RawReader, Request, find_id, parse_request, read_seconds
 from megarec.inference.users import find_user
+from tests.inference.synthetic import (
+    CONFIGS,
+    FIELDS,
+    MAX_EVENTS,
+    SCHEMA,
+    make_model,
+    random_weights,
+    raw_item,
+    write_world,
+)
 
 TIME = 1_500_000
 

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from small_log import FIELDS, shape_for
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import FieldInfo
@@ -8,6 +7,7 @@ from megarec.layers.config import HeadsConfig
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.rows import RowMap
 from megarec.models.shape import FieldSlots, bucket_time_gap, input_shape
+from tests.models.small_log import FIELDS, shape_for
 
 
 def names(slots: tuple[FieldSlots, ...]) -> list[str]:

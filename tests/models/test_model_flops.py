@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
 from test_model_twins import CASES, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -8,6 +7,7 @@ from megarec.layers.config import HeadsConfig, HstuBlockConfig
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.registry import train_flops
+from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
 
 
 def test_argus_by_hand() -> None:

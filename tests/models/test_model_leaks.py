@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_log import FIELDS, SmallLog, lay_out, make_lookup, make_table, shape_for
 from test_model_twins import ARGUS, HSTU, make_model
 from torch import Tensor
 
 from megarec.models.choice import ModelConfig
 from megarec.models.model import RecModel
 from megarec.models.shape import InputShape
+from tests.models.small_log import FIELDS, SmallLog, lay_out, make_lookup, make_table, shape_for
 
 LAYOUTS = ("fused", "item_action", "context_item_feedback")
 CASES: dict[str, ModelConfig] = {

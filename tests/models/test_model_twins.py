@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
 from torch import Tensor
-from twins import Twin
 
 from megarec.layers.config import HeadsConfig, HstuBlockConfig, TransformerBlockConfig
 from megarec.models.argus.config import ArgusConfig
@@ -17,6 +15,8 @@ from megarec.models.registry import build_model
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import local_parts
 from megarec.parallel.placement import initialize, placements
+from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
+from tests.models.twins import Twin
 
 HEADS = HeadsConfig(query_width=10, hidden_width=11)
 BLOCK = HstuBlockConfig(num_heads=2, qk_head_width=3, v_head_width=5, num_time_buckets=30, scaling_events=7.0)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_log import SmallLog, lay_out, make_lookup, make_table, randomness, shape_for
 from test_model_twins import ARGUS, BLOCK, HSTU, make_model
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from megarec.models.hstu.config import HstuConfig
 from megarec.models.registry import build_model
 from megarec.parallel.parts import local_parts
 from megarec.parallel.placement import initialize
+from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, randomness, shape_for
 
 
 def weights(config: ModelConfig, seed: int = 1) -> dict[str, Tensor]:

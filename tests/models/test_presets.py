@@ -8,7 +8,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from small_log import shape_for
 
 from megarec.base.config import build, plain
 from megarec.models.argus.config import ArgusConfig
@@ -16,6 +15,7 @@ from megarec.models.choice import ModelConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.registry import build_model
 from megarec.parallel.parts import local_parts
+from tests.models.small_log import shape_for
 
 PRESETS = sorted(f.name.removesuffix(".yaml") for f in files("megarec.conf").joinpath("model").iterdir())
 

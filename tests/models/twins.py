@@ -4,12 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from small_log import SmallLog
 from torch import Tensor
 
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.choice import ModelConfig
 from megarec.models.shape import FieldSlots, InputShape
+from tests.models.small_log import SmallLog
 
 
 class Twin:
