@@ -20,7 +20,6 @@ quickstart: install ## log -> shards -> train -> evaluate -> convert -> recommen
 
 lint: install ## format, ruff, mypy, import floors
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
