@@ -5,6 +5,7 @@ dataclasses, and refuses what does not fit: an unknown key names the nearest kno
 what was expected and what came. Checks of values belong to `__post_init__` of the dataclass, as `UserError`.
 """
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -126,13 +127,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        try:  # yaml 1.1 reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            raise _wrong(where, "float", value) from None
+    if kind is float:
+        return _convert_float(value, where)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -140,6 +136,18 @@ def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise _wrong(where, kind.__name__, value)
+
+
+def _convert_float(value: Any, where: str) -> float:
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # yaml 1.1 reads 1e-3 as text
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise _wrong(where, "a finite number", value)
+    return number
 
 
 def _wrong(where: str, expected: str, value: Any) -> UserError:

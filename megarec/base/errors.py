@@ -10,6 +10,11 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
+# The system says no to a path as it was given: not a folder, not ours, read-only, too long.
+_REFUSED_PATHS = frozenset(
+    {errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+)
+
 
 class UserError(Exception):
     """Input or configuration is wrong: one line that says what, where and what to do.
@@ -34,7 +39,8 @@ def nearest(word: str, words: list[str]) -> str:
 def run_command(body: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: 0 done, 2 the user's mistake, 1 anything else.
 
-    A user's mistake and a full disk are one line on standard error, never a traceback.
+    A user's mistake, a path that the system refuses, a full disk and too little memory are one line on standard error,
+    never a traceback.
     """
     code = EXIT_DONE
     try:
@@ -43,10 +49,17 @@ def run_command(body: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         code = EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            print(f"error: no space left on the disk{where}. Free some and run again", file=sys.stderr)  # noqa: T201
+            code = EXIT_FAILED
+        elif error.errno in _REFUSED_PATHS and error.filename:
+            print(f"error: {error.filename}: {error.strerror}. Check the path", file=sys.stderr)  # noqa: T201
+            code = EXIT_USER_ERROR
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: no space left on the disk{where}. Free some and run again", file=sys.stderr)  # noqa: T201
+    except MemoryError as error:
+        print(f"error: out of memory ({str(error)[:200]}). Lower the sizes", file=sys.stderr)  # noqa: T201
         code = EXIT_FAILED
     sys.stdout.flush()
     sys.exit(code)

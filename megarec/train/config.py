@@ -39,6 +39,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.num_uniform_negatives < 0 or min(self.chunk_rows, self.chunk_items) < 1:
             raise UserError("num_uniform_negatives is at least 0, a chunk at least 1", where="objective")
+        if min(self.next_item_weight, self.feedback_weight) < 0:
+            raise UserError("a weight is not negative", where="objective")
         if self.next_item == "sampled" and self.negatives == "per_position" and not self.num_uniform_negatives:
             raise UserError("a sampled softmax needs negatives", where="objective.num_uniform_negatives")
 

@@ -48,8 +48,6 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
         torch.set_num_threads(config.num_threads)
     groups = start(config.layout, process)
     try:
-        if groups.world.rank == 0:
-            write_config(run_dir, config)
         writer = CheckpointWriter(
             run_dir / "checkpoints",
             rank=groups.world.rank,
@@ -59,6 +57,8 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
         trainer = Trainer(config, groups, dataset, hooks=_hooks(run_dir, evaluator, writer))
         if newest is not None:
             state.restore(newest, trainer)
+        if groups.world.rank == 0:  # not before all of it is known to fit together
+            write_config(run_dir, config)
         trainer.fit()
     finally:
         stop()

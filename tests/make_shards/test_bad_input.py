@@ -296,3 +296,16 @@ def test_a_schema_file_runs_no_code(tmp_path, capsys, monkeypatch):
     )
     assert code == 2 and "not valid yaml" in line
     assert not Path(tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.tsv", "log.jsonl", "log.parquet"])
+def test_bytes_that_are_no_log(attempt, name):
+    noise = bytes((n * 89 + 17 + n // 256) % 256 for n in range(5000)).replace(b"\n", b"\r")
+    code, line, _ = attempt(noise, name=name)
+    assert code == 2
+    assert name in line and line.isprintable()
+
+
+def test_no_item_is_frequent_enough(attempt):
+    code, line, _ = attempt(HEADER + rows(), "min_item_count=100")
+    assert code == 2 and "no item has min_item_count=100 events" in line

@@ -169,6 +169,8 @@ class Assembly:
         write_columns(vocabulary_path(self._work / "vocabularies", name), vocabulary.select("raw", "id").to_arrow())
         if name == "item":
             unseen = totals.filter(pl.col("train") == 0)
+            if vocabulary.is_empty():
+                raise UserError(f"no item has min_item_count={self._config.min_item_count} events", fix="Lower it")
             self.counts["items"] = len(vocabulary)
             self.counts["items_unseen"] = int((unseen["catalog"] + unseen["target"] > 0).sum())
             self.counts["targets_unseen"] = int(unseen["target"].sum())

@@ -81,7 +81,10 @@ def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> 
     if file_format == "parquet":
         return list(open_parquet(path).schema_arrow.names)
     if file_format == "jsonl":
-        return _json_keys(_first_lines(path))
+        keys = _json_keys(_first_lines(path))
+        if not keys:
+            raise UserError("none of its first lines is a JSON object", where=str(path), fix="Check input")
+        return keys
     if schema is not None and schema.column_names:
         return list(schema.column_names)
     return _header(_first_lines(path).split(b"\n", 1)[0], path=path, style=text_style(schema, file_format))
@@ -268,8 +271,13 @@ def _header(line: bytes, *, path: Path, style: TextStyle) -> list[str]:
     text = line.rstrip(b"\r").decode("utf-8", errors="replace")
     if not text.strip():
         raise UserError("the log has no header line", where=str(path), fix="Set column_names in the schema if so meant")
+    if any(ord(character) < 32 and character not in ("\t", style.delimiter) for character in text):
+        raise UserError("the first line is not text", where=str(path), fix="Is this file what its name says?")
     if style.quoted:
-        names = next(csv.reader(io.StringIO(text), delimiter=style.delimiter))
+        try:
+            names = next(csv.reader(io.StringIO(text), delimiter=style.delimiter))
+        except csv.Error as error:
+            raise UserError(f"the header line cannot be read ({error})", where=str(path)) from None
     else:
         names = text.split(style.delimiter)
     twice = [name for name in names if names.count(name) > 1]

@@ -1,0 +1,73 @@
+"""What no command answers with a traceback: paths the system refuses, too little memory, numbers that are none."""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megarec.base.config import build
+from megarec.base.errors import UserError, run_command
+from megarec.base.files import new_directory, read_json
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def body() -> None:
+        raise error
+
+    return body
+
+
+def outcome(body: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        run_command(body)
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1 and printed.startswith("error: ")
+    return int(ended.value.code or 0), printed
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_a_refused_path_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = outcome(fail(OSError(number, "No such luck", "some/where")), capsys)
+    assert code == 2
+    assert "some/where: No such luck" in line
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    code, line = outcome(lambda: read_json(tmp_path / "file" / "dataset.json", what="dataset"), capsys)
+    assert code == 2 and str(tmp_path / "file") in line
+
+    def make() -> None:
+        with new_directory(tmp_path / "file" / "made"):
+            pass
+
+    code, line = outcome(make, capsys)
+    assert code == 2 and str(tmp_path / "file") in line
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = outcome(fail(MemoryError("Unable to allocate 58.2 TiB")), capsys)
+    assert code == 1 and "58.2 TiB" in line
+
+
+def test_other_system_errors_keep_their_traceback() -> None:
+    with pytest.raises(ConnectionResetError):
+        run_command(fail(ConnectionResetError(errno.ECONNRESET, "gone")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    rate: float = 0.0
+
+
+@pytest.mark.parametrize("value", ["nan", float("inf"), "-inf", "1e999", 10**400, True, "many", None])
+def test_a_setting_is_a_finite_number(value: object) -> None:
+    with pytest.raises(UserError, match="rate: expected a finite number"):
+        build(Settings, {"rate": value})
+
+
+def test_numbers_as_yaml_reads_them() -> None:
+    assert build(Settings, {"rate": "1e-3"}).rate == 1e-3
+    assert build(Settings, {"rate": 2}).rate == 2.0
