@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from megarec.base.config import build
+from megarec.base.config import build, plain
 from megarec.base.errors import UserError, nearest
 
 Role = Literal["item_side", "context", "feedback"]
@@ -169,6 +169,20 @@ def parse_schema(text: str, *, where: str) -> Schema:
         raise UserError(str(error), where=where) from None
 
 
+def schema_text(schema: Schema) -> str:
+    """`schema` as yaml that `parse_schema` reads; what is as by default is left out."""
+    mapping = _changed(schema)
+    if schema.fields:
+        mapping["fields"] = {name: _changed(f) for name, f in schema.fields.items()}
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+
+
+def _changed(config: Schema | FieldSchema) -> dict[str, Any]:
+    """The settings that are not as by default."""
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    return {name: value for name, value in plain(config).items() if getattr(config, name) != defaults[name]}
+
+
 _USER_NAMES = ("user", "uid", "userid", "customer", "customerid", "visitorid", "memberid", "accountid", "reviewerid")
 _ITEM_NAMES = (
     *("item", "itemid", "iid", "movie", "movieid", "product", "productid", "song", "songid", "track", "trackid"),
@@ -190,13 +204,14 @@ _FEEDBACK = (
 )
 _ITEM_SIDE = ("artist", "album", "author", "brand", "category", "genre", "publisher", "price", "tag")
 _MANY_VALUES = 100
+_SEPARATOR = "|"
 
 
 def infer_schema(sample: Mapping[str, list[Any]], *, where: str) -> Schema:
     """A schema for approval, guessed from the names of the columns and from their first values.
 
-    A column that looks like free text is left out. What has a name like a rating or a click is feedback, what has a
-    name like an artist or a genre belongs to the item, everything else is context.
+    A column that looks like free text is left out; text such as `drama|war` is a list. What has a name like a rating
+    or a click is feedback, what has a name like an artist or a genre belongs to the item, everything else is context.
 
     Args:
         sample: the first values of each column, as the file holds them or as text.
@@ -247,6 +262,8 @@ def _guess_field(column: str, values: list[Any]) -> FieldSchema | None:
         return None
     if any(isinstance(v, list) for v in filled):
         return FieldSchema(column=column, role=role, kind="categorical", max_values=8)
+    if _is_list_as_text(filled):
+        return FieldSchema(column=column, role=role, kind="categorical", max_values=8, separator=_SEPARATOR)
     distinct = {str(v).lower() for v in filled}
     if distinct <= {"true", "false"} or distinct == {"0", "1"}:
         return FieldSchema(column=column, role=role, kind="flag")
@@ -258,6 +275,11 @@ def _guess_field(column: str, values: list[Any]) -> FieldSchema | None:
         return FieldSchema(column=column, role=role, kind="numeric", num_quantiles=10)
     few = len(distinct) * 2 <= len(filled)
     return FieldSchema(column=column, role=role, kind="id") if few else None
+
+
+def _is_list_as_text(values: list[Any]) -> bool:
+    parts = {part for value in values for part in str(value).split(_SEPARATOR)}
+    return any(_SEPARATOR in str(value) for value in values) and len(parts) <= _MANY_VALUES
 
 
 def _is_number(value: Any) -> bool:

@@ -24,7 +24,7 @@ from megarec_tools.make_shards.pipeline import make_shards
 from megarec.base.errors import UserError
 from megarec.data.block import decode_block
 from megarec.data.dataset import Dataset, open_dataset
-from megarec.data.schema import infer_schema, load_schema, ready_schemas
+from megarec.data.schema import infer_schema, load_schema, parse_schema, ready_schemas, schema_text
 
 REAL_ML_100K = Path(__file__).parents[3] / "shared/data/ml-100k.inter"
 SCHEMA = {
@@ -332,6 +332,7 @@ def test_inferred_schema_needs_approval(tmp_path, capsys):
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed)
     schema = load_schema(tmp_path / "printed.yaml")
+    assert "null" not in printed and "[]" not in printed  # only what was found
     assert (schema.user, schema.item, schema.timestamp) == ("userId", "movieId", "timestamp")
     roles = {name: (field.role, field.kind) for name, field in schema.fields.items()}
     assert roles == {
@@ -341,6 +342,20 @@ def test_inferred_schema_needs_approval(tmp_path, capsys):
     }
     made = make_shards(MakeShardsConfig(**config, approve=True))
     assert made.counts["events"] == 300 and made.schema == schema
+
+
+def test_infer_sees_lists_in_text():
+    titles = [f"part {number} | the end" for number in range(150)]
+    sample = {"user": ["a"] * 150, "item": ["b"] * 150, "tags": ["drama|war", "", "war"] * 50, "title": titles}
+    schema = infer_schema(sample, where="log.csv")
+    assert list(schema.fields) == ["tags"]
+    assert (schema.fields["tags"].separator, schema.fields["tags"].max_values) == ("|", 8)
+    assert parse_schema(schema_text(schema), where="log.csv") == schema
+
+
+@pytest.mark.parametrize("name", ready_schemas())
+def test_the_text_of_a_schema_reads_back(name):
+    assert parse_schema(schema_text(load_schema(name)), where=name) == load_schema(name)
 
 
 def test_infer_says_what_it_did_not_find():

@@ -15,15 +15,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from pyarrow import parquet
 
-from megarec.base.config import plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_directory, refuse_occupied
 from megarec.base.progress import bar, say
 from megarec.data.dataset import Dataset, write_dataset
-from megarec.data.schema import Schema, infer_schema, load_schema
+from megarec.data.schema import Schema, infer_schema, load_schema, schema_text
 from megarec_tools.make_shards.assembly import Assembly
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketTask, build_bucket
@@ -72,7 +70,7 @@ def _open_log(config: MakeShardsConfig) -> tuple[LogFiles, Schema]:
     if schema is None:
         present = columns_of(first, files.format, schema=None)
         schema = infer_schema(read_sample(files, present, schema=None).to_dict(as_series=False), where=str(first))
-        say(yaml.safe_dump(plain(schema), sort_keys=False, allow_unicode=True).rstrip())
+        say(schema_text(schema).rstrip())
         if not config.approve:
             fix = "Save it as a yaml file and name that, or add approve=true"
             raise UserError("the schema above was inferred and is not approved yet", fix=fix)
