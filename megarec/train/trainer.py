@@ -83,6 +83,11 @@ class Trainer:
         self._hooks = hooks
         self._skipped = 0
 
+    @property
+    def read_counts(self) -> dict[str, int]:
+        """What this rank's lanes have read since the start of the run, as `TrainStream.counts`."""
+        return self._stream.counts
+
     def restore_position(self, step: int, position: dict[str, Any]) -> None:
         """Continues after `step` steps, with the lanes where they stood then."""
         self.step = step

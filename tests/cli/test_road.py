@@ -1,6 +1,7 @@
 """The whole road with the public commands: log, shards, training, evaluation, bundle, recommendations, report."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def test_log_to_recommendations(tmp_path: Path, model: str) -> None:
     )
     for row in ("MostPop", "DecayPop", "ItemKNN", "Markov", "oracle", "item rate", "user rate"):
         assert row in table
+    assert re.search(
+        r"\nread [\d,]+ events of [\d,]+ histories; left out: [\d,]+ events older than their windows", table
+    )
     assert (tmp_path / "run" / "tensorboard").is_dir()
     last = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()][-1]
     assert last["step"] == 8

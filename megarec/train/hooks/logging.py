@@ -65,7 +65,17 @@ class LoggingHook(Hook):
             self._write(trainer, result, losses, throughput=throughput)
 
     def finish(self, trainer: Trainer) -> None:
-        """Closes the files."""
+        """Says what was read and what was left out; closes the files."""
+        counts = trainer.read_counts
+        totals = torch.tensor(list(counts.values()), device=trainer.groups.device)
+        dist.all_reduce(totals, group=trainer.groups.data.process_group)
+        read = dict(zip(counts, totals.tolist(), strict=True))
+        if self._is_main:
+            say(
+                f"read {read['events']:,} events of {read['histories']:,} histories; left out: "
+                f"{read['dropped_events']:,} events older than their windows, "
+                f"{read['short_histories']:,} histories of less than two events"
+            )
         if self._board is not None:
             self._board.close()
 
