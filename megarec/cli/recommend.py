@@ -118,6 +118,8 @@ def _as_json(answer: "Answer") -> str:
 
 
 def _as_table(answer: "Answer") -> str:
+    from megarec.cli.evaluation_report import align
+
     single = [name for name, values in answer.feedback.items() if values and isinstance(values[0], float)]
     header = ["", "item", "score", *(f"P({name})" for name in single)]
     rows = [
@@ -129,9 +131,7 @@ def _as_table(answer: "Answer") -> str:
         ]
         for place, item in enumerate(answer.items)
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([f"user {answer.user} (by {answer.source})", *lines, ""])
+    return f"user {answer.user} (by {answer.source})\n{align([header, *rows])}\n"
 
 
 def _report_unknown(reader: "RawReader") -> None:
