@@ -20,9 +20,9 @@ import numpy.typing as npt
 import zstandard
 
 from megarec.base.errors import UserError
+from megarec.base.jagged import Int64
 
 Array = npt.NDArray[Any]
-Int64 = npt.NDArray[np.int64]
 Compression = Literal["none", "zstd"]
 
 FORMAT = "megarec-block-1"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megarec.base.jagged import gather_indices, lengths_to_offsets, segment_positions
-from megarec.data.block import Array, Block, Int64
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets, segment_positions
+from megarec.data.block import Array, Block
 from megarec.data.dataset import Dataset
 from megarec.data.packs import Int32
 from megarec.data.reader import BlockReader

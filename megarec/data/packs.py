@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megarec.base.jagged import gather_indices, lengths_to_offsets, segment_positions
-from megarec.data.block import Array, Block, Int64
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets, segment_positions
+from megarec.data.block import Array, Block
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]

@@ -6,8 +6,8 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
+from megarec.base.jagged import Int64
 from megarec.base.random import derive_key, permutation
-from megarec.data.block import Int64
 from megarec.data.packs import PackRule, Windows, concatenate_windows
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megarec.base.errors import UserError
+from megarec.base.jagged import Int64
 from megarec.base.random import derive_key, permutation
-from megarec.data.block import Int64
 from megarec.data.dataset import Dataset
 from megarec.data.packs import Pack, PackRule, Windows, concatenate_windows, cut_windows, make_pack
 from megarec.data.pools import Pool, fill_pool

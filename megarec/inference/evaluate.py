@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from megarec.base.errors import UserError
-from megarec.base.jagged import gather_indices, lengths_to_offsets
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets
 from megarec.base.progress import bar
 from megarec.data.dataset import Dataset
 from megarec.data.evaluation import EvaluationBatch, evaluation_batches
 from megarec.inference.feedback_measures import Float64, measure_feedback
-from megarec.inference.histories import Histories, Int64, Prediction, Predictor, Targets
+from megarec.inference.histories import Histories, Prediction, Predictor, Targets
 from megarec.inference.protocol import Protocol
 from megarec.inference.ranking import UNRANKED, hide_items, rank_targets, top_items
 from megarec.metrics.estimate import Estimate

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from megarec.base.jagged import Int64
 from megarec.metrics.feedback import (
     measure_auc,
     measure_calibration,
@@ -12,7 +13,6 @@ from megarec.metrics.feedback import (
 )
 
 Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 
 def measure_feedback(logits: Float64, outcome: Int64, user: Int64) -> dict[str, float]:

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from megarec.base.jagged import gather_indices, lengths_to_offsets
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets
 
 Array = npt.NDArray[Any]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megarec.base.errors import UserError
-from megarec.base.jagged import gather_indices, lengths_to_offsets, segment_positions
-from megarec.inference.histories import Array, Histories, Int64, Prediction, Targets
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets, segment_positions
+from megarec.inference.histories import Array, Histories, Prediction, Targets
 from megarec.models.choice import ModelConfig
 from megarec.models.inputs import EVENT_PARTS, Events
 from megarec.models.registry import build_model

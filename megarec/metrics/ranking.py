@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megarec.base.jagged import Int64
 from megarec.metrics.estimate import Estimate, estimate_mean
-
-Int64 = npt.NDArray[np.int64]
 
 
 def measure_ranks(rank: npt.NDArray[np.number], *, cutoffs: Sequence[int]) -> dict[str, Estimate]:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megarec.base.jagged import Int64
 from megarec.base.random import derive_key, integers_numpy
 from megarec.data.packs import Pack
 from megarec.data.prefetch import Prefetcher
@@ -16,7 +17,6 @@ from megarec.models.inputs import EVENT_PARTS
 from megarec.models.rows import RowMap
 from megarec.train.config import ObjectiveConfig
 
-Int64 = npt.NDArray[np.int64]
 ROW_PARTS = (*EVENT_PARTS, "candidates")
 
 

@@ -12,13 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megarec.base.jagged import gather_indices, lengths_to_offsets
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets
 from megarec.data.block import Block
 from megarec.inference.baselines.config import BaselineConfig
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.ranking import top_items
 
-Int64 = npt.NDArray[np.int64]
 DAY_SECONDS = 86_400
 MAX_CELLS = 1 << 25  # of a dense piece of the item-item matrix
 

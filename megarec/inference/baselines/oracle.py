@@ -8,9 +8,10 @@ import numpy.typing as npt
 import torch
 
 from megarec.base.errors import UserError
+from megarec.base.jagged import Int64
 from megarec.data.dataset import Dataset
 from megarec.inference.baselines.feedback import to_logits
-from megarec.inference.histories import Histories, Int64, Prediction, Targets
+from megarec.inference.histories import Histories, Prediction, Targets
 
 COLUMNS = ["uid", "timestamp", "item_ids", "probabilities", "p_listened"]
 

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import polars as pl
 
 from megarec.base.files import sha256_of
-from megarec.base.jagged import gather_indices, lengths_to_offsets
+from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets
 from megarec.data.block import Block, Compression, encode_block
 from megarec.data.dataset import FieldInfo, ShardInfo, Split
 from megarec.data.tar import write_shard
 from megarec_tools.make_shards.histories import read_columns
 from megarec_tools.make_shards.vocabularies import bin_ids, map_raw
 
-Int64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
 

@@ -7,12 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megarec.base.errors import UserError
-from megarec.base.jagged import lengths_to_offsets
+from megarec.base.jagged import Int64, lengths_to_offsets
 from megarec.base.random import derive_key, uniform_numpy
 from megarec.data.values import parse_time
 from megarec_tools.make_shards.config import SplitConfig
-
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
