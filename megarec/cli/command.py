@@ -6,6 +6,7 @@ This and its siblings in `megarec.cli` are the only places that know hydra; noth
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
+from importlib import resources
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -20,6 +21,7 @@ from megarec.base.errors import UserError, nearest, run_command
 from megarec.base.progress import say
 
 C = TypeVar("C")
+MISSING_VALUE = "???"  # as hydra marks a key that must be given
 
 
 def run(
@@ -51,27 +53,30 @@ def read_command_line(name: str, kind: type, *, about: str, presets: str | None 
     Raises:
         UserError: an unknown key (names the nearest), a `+key`, an unknown preset, a broken override.
     """
-    arguments = sys.argv[1:]
-    if any(a in ("-h", "--help") for a in arguments):
-        settings = _compose(kind, presets, [])
-        say(_help(name, about, settings))
-        sys.exit(0)
-    show = "--show-config" in arguments
-    overrides = [a for a in arguments if a != "--show-config"]
+    asked = {a for a in sys.argv[1:] if a in ("-h", "--help", "--show-config")}
+    overrides = [a for a in sys.argv[1:] if a not in asked]
+    ready = _ready(presets)
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is not of the form key=value", where=name, fix=f"See {name} --help")
         if override.startswith(("+", "~")):
             raise UserError(f"'{override}' adds or removes a key", where=name, fix="Only existing keys can be set")
+        key, _, value = override.partition("=")
+        if key in ready and value not in ready[key]:  # hydra passes over an optional group that is not there
+            raise UserError(f"'{value}' is not there", where=key, fix=nearest(value, ready[key]))
     settings = _compose(kind, presets, overrides)
-    if show:
-        say(yaml.safe_dump(settings, sort_keys=False).rstrip())
+    if asked:
+        shown = yaml.safe_dump(settings, sort_keys=False).rstrip()
+        say(shown if asked == {"--show-config"} else _help(name, about, settings, ready))
         sys.exit(0)
+    missing = sorted(key for key, value in flatten(settings).items() if value == MISSING_VALUE)
+    if missing:
+        raise UserError(f"{', '.join(missing)} not set", fix=f"Give {missing[0]}=...")
     return settings
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
-    """The field defaults of a dataclass as a plain mapping; a field without one is `???`."""
+    """The field defaults of a dataclass as a plain mapping; a field without one is `MISSING_VALUE`."""
     values: dict[str, Any] = {}
     for field in fields(kind):
         if field.default is not MISSING:
@@ -79,7 +84,7 @@ def defaults_of(kind: type) -> dict[str, Any]:
         elif field.default_factory is not MISSING:
             value = field.default_factory()
         else:
-            value = "???"
+            value = MISSING_VALUE
         if is_dataclass(value) and not isinstance(value, type):
             value = plain(value)
         values[field.name] = list(value) if isinstance(value, tuple) else value
@@ -98,14 +103,10 @@ def _compose(kind: type, presets: str | None, overrides: list[str]) -> dict[str,
     with folder:
         try:
             composed = compose(config_name=presets or "defaults", overrides=overrides)
-            missing = sorted(OmegaConf.missing_keys(composed))
             settings = OmegaConf.to_container(composed, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise _explain(error, presets, overrides) from None
     assert isinstance(settings, dict)
-    help_only = not overrides
-    if missing and not help_only:
-        raise UserError(f"{', '.join(missing)} not set", fix=f"Give {missing[0]}=...")
     return {str(k): v for k, v in settings.items()}
 
 
@@ -126,8 +127,21 @@ def _explain(error: Exception, presets: str | None, overrides: list[str]) -> Use
     return UserError(first_line, where="command line")
 
 
-def _help(name: str, about: str, settings: dict[str, Any]) -> str:
-    lines = [f"{name} key=value ...", "", about.strip(), "", "Keys and their defaults (??? must be given):", ""]
+def _ready(presets: str | None) -> dict[str, list[str]]:
+    """The names of the settings files in `megarec.conf` by what they are for: `model: [argus_mini, ...]`."""
+    entries = resources.files("megarec.conf").iterdir() if presets else ()
+    folders = sorted((e for e in entries if e.is_dir() and not e.name.startswith("_")), key=lambda e: e.name)
+    return {
+        f.name: sorted(e.name.removesuffix(".yaml") for e in f.iterdir() if e.name.endswith(".yaml")) for f in folders
+    }
+
+
+def _help(name: str, about: str, settings: dict[str, Any], ready: dict[str, list[str]]) -> str:
+    lines = [f"{name} key=value ...", "", about.strip(), ""]
+    if ready:
+        lines += ["Ready settings; --help beside one shows its keys:", ""]
+        lines += [f"  {group}={'|'.join(names)}" for group, names in ready.items()] + [""]
+    lines += ["Keys and their defaults (??? must be given):", ""]
     flat = flatten(settings)
     width = max(len(key) for key in flat)
     lines += [f"  {key:<{width}}  {'' if value is None else value}" for key, value in flat.items()]

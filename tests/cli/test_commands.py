@@ -66,7 +66,8 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
     [
         (["+model.depth=3"], "adds or removes a key"),
         (["modle=argus_tiny"], "unknown key 'modle'. Did you mean 'model'?"),
-        (["model=argus_huge"], "argus_huge"),
+        (["model=argus_huge"], "model: 'argus_huge' is not there. Did you mean 'argus_tiny'?"),
+        (["experiment=quick"], "experiment: 'quick' is not there"),
         (["num_steps"], "not of the form key=value"),
         (["num_steps=many"], "num_steps: expected int, got 'many'"),
         (["precision=fp4"], "precision: 'fp4' is not allowed"),
@@ -88,9 +89,19 @@ def test_train_refuses(tmp_path: Path, arguments: list[str], message: str, capsy
     assert not (tmp_path / "run").exists()
 
 
-def test_train_without_data_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("megarec-train", "num_steps=3") == 2
-    assert "data not set" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["num_steps=3"], []], ids=["one", "none"])
+def test_train_without_data_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("megarec-train", *arguments) == 2
+    assert "data not set. Give data=..." in capsys.readouterr().err
+
+
+def test_help_shows_the_keys_of_the_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("megarec-train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "model=argus_mini|argus_small|argus_tiny|hstu_ml1m|hstu_tiny" in shown
+    assert "feed_forward_multiple" in shown
+    assert call("megarec-train", "model=hstu_tiny", "--help") == 0
+    assert "model.block.num_time_buckets" in capsys.readouterr().out
 
 
 def train_on_a_damaged_shard(_: ProcessInfo, data: Path, run_dir: Path) -> int:
