@@ -11,6 +11,7 @@ from megarec_kernels.hstu_attention import bucket_times, hstu_attention
 from megarec_kernels.hstu_attention.reference import hstu_attention_reference
 from megarec_kernels.softmax_attention import softmax_attention
 from megarec_kernels.softmax_attention.reference import softmax_attention_reference
+from megarec_kernels.softmax_attention.sdpa import attend_tiles
 from torch import Tensor
 
 SCALE, DIVISOR = 0.3, 17.0
@@ -57,6 +58,11 @@ def hstu(x: Inputs, **changes: object) -> Tensor:
 def softmax(x: Inputs) -> Tensor:
     # The softmax kernel wants one width: keys and values share it here.
     return softmax_attention(x["q"], x["k"], x["k"] * 2 + 1, x["cu_seqlens"], scale=SCALE)
+
+
+def softmax_off_the_cpu(x: Inputs) -> Tensor:
+    plan = tiles.plan_tiles(x["cu_seqlens"])
+    return attend_tiles(x["q"], x["k"], x["k"] * 2 + 1, scale=SCALE, plan=plan)
 
 
 def dense_pairs(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,11 @@ def relative_error(found: list[Tensor], truth: list[Tensor]) -> float:
     return max(errors, default=0.0)
 
 
-METHODS = {"hstu": (hstu, jagged_twin_hstu), "softmax": (softmax, jagged_twin_softmax)}
+METHODS = {
+    "hstu": (hstu, jagged_twin_hstu),
+    "softmax": (softmax, jagged_twin_softmax),
+    "softmax off the CPU": (softmax_off_the_cpu, jagged_twin_softmax),
+}
 
 
 @pytest.mark.parametrize("kind", METHODS)

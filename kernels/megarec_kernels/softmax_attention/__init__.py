@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from megarec_kernels.softmax_attention.cpu import JaggedSoftmaxAttention
+from megarec_kernels.softmax_attention.sdpa import attend_tiles
 from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
 
 
@@ -33,4 +34,6 @@ def softmax_attention(
     check_jagged_attention(q, k, v, plan)
     if v.shape != q.shape:
         raise ValueError(f"v must have the shape of q, {list(q.shape)}, got {list(v.shape)}")
+    if q.device.type != "cpu":
+        return attend_tiles(q, k, v, scale=scale, plan=plan)
     return JaggedSoftmaxAttention.apply(q, k, v, scale, plan)

@@ -1,0 +1,26 @@
+"""Causal softmax attention over jagged histories by torch's public function: on every device that is no CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarec_kernels.tiles import TilePlan
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, *, scale: float, plan: TilePlan) -> Tensor:
+    """As `softmax_attention`, `scaled_dot_product_attention` tile by tile; autograd goes through it.
+
+    A padding row comes after every real row of its history, so no real row attends to it and it gets no gradient.
+    """
+    heads, width = q.shape[1:]
+    pieces = [(q + k + v)[:0]]  # nothing, with a graph: a pack without users still gives zero gradients
+    tokens = [torch.zeros(0, dtype=torch.int64, device=q.device)]
+    for tile in plan.tiles:
+        query, key, value = (
+            values.index_select(0, tile.token).view(tile.num_users, tile.length, heads, width).transpose(1, 2)
+            for values in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        pieces.append(out.transpose(1, 2).reshape(-1, heads, width).index_select(0, tile.real))
+        tokens.append(tile.token[tile.real])
+    return torch.zeros_like(v).index_copy(0, torch.cat(tokens), torch.cat(pieces))
