@@ -109,8 +109,9 @@ class TrainStream:
     def __init__(self, dataset: Dataset, config: StreamConfig, *, lanes: Sequence[int]) -> None:
         reader = BlockReader(dataset, "train")
         if reader.num_blocks < config.lanes:
-            what = f"the train split has {reader.num_blocks} blocks of users, fewer than lanes={config.lanes}"
-            raise UserError(what, where=str(dataset.path), fix="Use fewer lanes, or fewer users per block")
+            what = f"blocks of users to train on: {reader.num_blocks}, fewer than stream.lanes={config.lanes}"
+            fix = f"Set stream.lanes={max(1, reader.num_blocks)}, or make the shards again with fewer users_per_block"
+            raise UserError(what, where=str(dataset.path), fix=fix)
         if len(set(lanes)) != len(lanes) or not all(0 <= lane < config.lanes for lane in lanes):
             raise ValueError(f"lanes {list(lanes)} of {config.lanes}")
         self._packs_per_lane = config.packs_per_lane

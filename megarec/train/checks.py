@@ -15,6 +15,7 @@ def check_run(config: TrainConfig, *, world: int) -> None:
     check_lanes(config, world=world)
     check_pack_size(config)
     check_positions(config)
+    check_best(config)
 
 
 def check_layout(layout: LayoutConfig) -> None:
@@ -63,6 +64,16 @@ def check_positions(config: TrainConfig) -> None:
             f"windows of {longest} events do not fit {config.model.max_positions} positions",
             where="model.max_positions",
             fix="Raise it, or lower stream.max_history_events",
+        )
+
+
+def check_best(config: TrainConfig) -> None:
+    """The best checkpoint is known by a periodic evaluation."""
+    if config.checkpoint.keep_best and not config.evaluate_every_steps:
+        raise UserError(
+            f"nothing measures '{config.checkpoint.keep_best}'",
+            where="checkpoint.keep_best",
+            fix="Set evaluate_every_steps",
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megarec.base.errors import UserError
 from megarec.base.random import derive_key
 from megarec.layers.dropout import Randomness
 from megarec.losses.feedback import feedback_loss
@@ -42,6 +43,9 @@ class Objective:
         if config.next_item != "none":
             weights = {NEXT_ITEM: config.next_item_weight, **weights}
         self.names = tuple(weights)
+        if not weights:
+            fix = "Set objective.next_item=sampled, or objective.feedback_weight and model.feedback_heads"
+            raise UserError("nothing is learned: no next item and no feedback", where="objective", fix=fix)
         self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)
 
     def count_targets(self, packs: list[PackBatch]) -> Tensor:

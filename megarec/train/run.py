@@ -78,6 +78,9 @@ def find_run(run_dir: Path, config: TrainConfig) -> Checkpoint | None:
         return None
     checkpoint = Checkpoint(run_dir)
     refuse_other_run(checkpoint.manifest.config, plain(config), where=str(run_dir))
+    if checkpoint.step > config.num_steps:
+        what = f"holds a run of {checkpoint.step} steps, more than num_steps={config.num_steps}"
+        raise UserError(what, where=str(run_dir), fix="Choose another run_dir, or more steps")
     return checkpoint
 
 

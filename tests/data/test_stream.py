@@ -343,7 +343,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 def test_a_stream_that_cannot_be_is_refused(tmp_path: Path) -> None:
     few = write_histories(tmp_path / "few", [5] * 6, users_per_block=2)
-    with pytest.raises(UserError, match="3 blocks of users, fewer than lanes=4"):
+    with pytest.raises(UserError, match=r"train on: 3, fewer than stream.lanes=4. Set stream.lanes=3"):
         TrainStream(few, config_of(lanes=4), lanes=[0])
     short = write_histories(tmp_path / "short", [1, 0] * 6, users_per_block=2)
     stream = TrainStream(short, config_of(lanes=2), lanes=[0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarec.base.errors import UserError
 from megarec.base.random import derive_key, integers_numpy
 from megarec.data.dataset import Dataset, open_dataset
 from megarec.data.packs import Pack
@@ -244,3 +245,9 @@ def test_one_exchange_serves_all_packs(dataset: Dataset) -> None:
     for pack, pieces in zip(step.packs, step.split(flat * 10), strict=True):
         for part in ROW_PARTS:
             assert torch.equal(pieces[part], pack.rows[part] * 10)
+
+
+def test_a_run_that_learns_nothing_is_refused(dataset: Dataset) -> None:
+    world = World(dataset, OBJECTIVES["feedback alone"], {**SMALL_ARGUS, "feedback_heads": []})
+    with pytest.raises(UserError, match="nothing is learned"):
+        Objective(world.model, world.objective, world.shape.feedback_heads, device=torch.device("cpu"))

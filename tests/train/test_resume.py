@@ -165,6 +165,8 @@ def test_another_configuration_is_refused(tmp_path: Path, world: Path) -> None:
     run_ranks(run, 1, make_config(world, tmp_path / "run", num_steps=4))
     with pytest.raises(UserError, match=r"holds a run with seed=0, not 1"):
         run(ProcessInfo(), make_config(world, tmp_path / "run", seed=1))
+    with pytest.raises(UserError, match=r"holds a run of 4 steps, more than num_steps=3"):
+        run(ProcessInfo(), make_config(world, tmp_path / "run", num_steps=3))
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, world: Path) -> None:
