@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarec.base.errors import UserError
@@ -73,7 +74,9 @@ class LocalModel:
         self._max_history = config.max_positions - int(self._interleaved)
         self._events_at_once = max_events
         self._device = torch.device(device)
-        self._table = torch.cat([_table_of(weights, f, n) for f, n in shape.tables.items()]).to(self._device)
+        tables = [_table_of(weights, f, n) for f, n in shape.tables.items()]
+        # the last row is what an empty slot gives
+        self._table = torch.cat([*tables, tables[0].new_zeros(1, config.table_width)]).to(self._device)
         starts = lengths_to_offsets(np.array(list(shape.tables.values())))[:-1].tolist()
         self._rows = RowMap(shape, dict(zip(shape.tables, starts, strict=True)), item_side)
         self._model = build_model(config, shape, local_parts()).to(self._device, _widest(weights.dense))
@@ -139,8 +142,10 @@ class LocalModel:
 
     def _lookup(self, rows: Tensor) -> Tensor:
         """Rows `[..., S]` to the sum of their vectors `[..., E]`; -1 gives nothing."""
-        vectors = self._table[rows.clamp(min=0)]
-        return (vectors * (rows >= 0).unsqueeze(-1)).sum(-2)
+        nothing = len(self._table) - 1
+        bags = torch.where(rows < 0, nothing, rows).reshape(-1, rows.shape[-1])
+        sums = F.embedding_bag(bags, self._table, mode="sum", padding_idx=nothing)
+        return sums.view(*rows.shape[:-1], sums.shape[1])
 
     def _pieces(self, histories: Histories) -> Iterator[Histories]:
         """The newest events a few users at a time: at most `max_events` events, at least one user."""
