@@ -2,7 +2,8 @@
 
 A setting lives beside the class it sets. `build` turns a mapping into that dataclass and its nested
 dataclasses, and refuses what does not fit: an unknown key names the nearest known one, a wrong type says
-what was expected and what came. Checks of values belong to `__post_init__` of the dataclass, as `UserError`.
+what was expected and what came. Checks of values belong to `__post_init__` of the dataclass, as `UserError` whose
+`where` is the key as the dataclass knows it; `build` puts the path of the dataclass before it.
 """
 
 import math
@@ -26,7 +27,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T:
         where: the path of the mapping, for messages: `model.attention`.
 
     Raises:
-        UserError: an unknown key, a missing key, or a value of another type.
+        UserError: an unknown key, a missing key, a value of another type, or one that the dataclass refuses.
     """
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for key in mapping:
@@ -39,7 +40,10 @@ def build(kind: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T:
             values[name] = _convert(hints[name], mapping[name], _join(where, name))
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"'{_join(where, name)}' is not set", fix=f"Give {_join(where, name)}=...")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise error.within(where) from None
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -26,8 +26,14 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
         line = what if not where else f"{where}: {what}"
         super().__init__(line if not fix else f"{line}. {fix}")
+
+    def within(self, path: str) -> "UserError":
+        """The same error seen from outside: a group of settings knows its keys, not the `path` it hangs under."""
+        where = f"{path}.{self.where}" if path and self.where else path or self.where
+        return UserError(self.what, where=where, fix=self.fix)
 
 
 def nearest(word: str, words: list[str]) -> str:

@@ -47,24 +47,23 @@ class FieldSchema:
     separator: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"field of column '{self.column}'"
         if self.kind == "numeric":
             if bool(self.edges) == bool(self.num_quantiles):
-                raise UserError("a numeric field needs either edges or num_quantiles", where=where)
+                raise UserError("a numeric field needs either edges or num_quantiles")
             if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)):
-                raise UserError("edges are not ascending", where=where)
+                raise UserError("edges are not ascending")
             if self.num_quantiles and not 2 <= self.num_quantiles <= MAX_QUANTILES:
-                raise UserError(f"num_quantiles is not between 2 and {MAX_QUANTILES}", where=where)
+                raise UserError(f"num_quantiles is not between 2 and {MAX_QUANTILES}")
         elif self.edges or self.num_quantiles:
-            raise UserError(f"edges and num_quantiles belong to numeric fields, this is {self.kind}", where=where)
+            raise UserError(f"edges and num_quantiles belong to numeric fields, this is {self.kind}")
         if self.at_least is not None and self.kind != "flag":
-            raise UserError(f"at_least belongs to flag fields, this is {self.kind}", where=where)
+            raise UserError(f"at_least belongs to flag fields, this is {self.kind}")
         if not 1 <= self.max_values <= 255:
-            raise UserError("max_values is not between 1 and 255", where=where)
+            raise UserError("max_values is not between 1 and 255")
         if self.max_values > 1 and self.kind not in ("id", "categorical"):
-            raise UserError(f"only id and categorical fields hold several values, this is {self.kind}", where=where)
+            raise UserError(f"only id and categorical fields hold several values, this is {self.kind}")
         if self.separator is not None and (self.max_values == 1 or not self.separator):
-            raise UserError("separator needs max_values above 1 and at least one character", where=where)
+            raise UserError("separator needs max_values above 1 and at least one character")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +101,21 @@ class Schema:
     column_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        where = f"schema '{self.name}'"
         for name in self.fields:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
-                raise UserError(f"'{name}' is no field name", where=where, fix="Use letters, digits and underscores")
+                raise UserError(f"'{name}' is no field name", fix="Use letters, digits and underscores")
             if name in RESERVED_NAMES:
-                raise UserError(f"the field name '{name}' is taken", where=where, fix="Choose another")
+                raise UserError(f"the field name '{name}' is taken", fix="Choose another")
         if self.delimiter is not None and (not self.delimiter or not self.delimiter.isascii()):
-            raise UserError("the delimiter is not one or more ASCII characters", where=where)
+            raise UserError("the delimiter is not one or more ASCII characters")
         if self.delimiter is not None and len(self.delimiter) > 1 and self.quoted:
-            raise UserError("quoted values need a delimiter of one character", where=where)
+            raise UserError("quoted values need a delimiter of one character")
         for column in self.optional_columns:
             if column in (self.user, self.item, self.timestamp):
-                raise UserError(f"the column '{column}' cannot be optional", where=where)
+                raise UserError(f"the column '{column}' cannot be optional")
         for column, values in self.keep.items():
             if not values or not all(isinstance(v, str | int | float | bool) for v in values):
-                raise UserError(f"keep.{column} is not a list of values", where=where)
+                raise UserError(f"keep.{column} is not a list of values")
 
     def columns(self) -> list[str]:
         """Every column that is read, each once."""

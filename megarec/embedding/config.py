@@ -41,9 +41,9 @@ class TableConfig:
     def __post_init__(self) -> None:
         for name in ("init_std", "lr_scale", "eps"):
             if not getattr(self, name) > 0:
-                raise UserError("must be above 0", where=f"tables.{name}")
+                raise UserError("must be above 0", where=name)
         if not self.weight_decay >= 0:
-            raise UserError("must not be negative", where="tables.weight_decay")
+            raise UserError("must not be negative", where="weight_decay")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError("must be in [0, 1)", where=f"tables.{name}")
+                raise UserError("must be in [0, 1)", where=name)

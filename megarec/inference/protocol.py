@@ -36,6 +36,6 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.max_history_events is not None and self.max_history_events < 1:
-            raise UserError("must be at least 1", where="protocol.max_history_events")
+            raise UserError("must be at least 1", where="max_history_events")
         if not self.ks or min(self.ks) < 1 or list(self.ks) != sorted(set(self.ks)):
-            raise UserError(f"must be growing numbers from 1, got {list(self.ks)}", where="protocol.ks")
+            raise UserError(f"must be growing numbers from 1, got {list(self.ks)}", where="ks")

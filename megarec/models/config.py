@@ -45,25 +45,25 @@ class SequenceConfig:
     def __post_init__(self) -> None:
         require_positive(self, "width", "table_width", "num_layers", "max_positions")
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"{self.dropout} is not in [0, 1)", where="model.dropout")
+            raise UserError(f"{self.dropout} is not in [0, 1)", where="dropout")
         if self.time_gap_buckets < 0:
-            raise UserError(f"{self.time_gap_buckets} is negative", where="model.time_gap_buckets")
+            raise UserError(f"{self.time_gap_buckets} is negative", where="time_gap_buckets")
         if not self.heads.query_context and self.heads.query_width != self.width:
             raise UserError(
                 f"the state is the query, but is {self.width} wide and not {self.heads.query_width}",
-                where="model.heads.query_width",
+                where="heads.query_width",
                 fix="Set it to model.width, or query_context=true",
             )
         if self.heads.query_residual and (not self.heads.query_context or self.heads.query_width != self.width):
             raise UserError(
                 "the state is added to the query, so they have one width and the query reads the context",
-                where="model.heads.query_residual",
+                where="heads.query_residual",
                 fix="Set query_width to model.width and query_context=true",
             )
         if self.heads.item_tower == "none" and self.heads.query_width != self.table_width:
             raise UserError(
                 f"a table row is the item vector, but is {self.table_width} wide and not {self.heads.query_width}",
-                where="model.heads.query_width",
+                where="heads.query_width",
                 fix="Set it to model.table_width, or item_tower=linear",
             )
 

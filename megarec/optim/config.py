@@ -38,12 +38,12 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
-                raise UserError("must be above 0", where=f"optimizer.{name}")
+                raise UserError("must be above 0", where=name)
         for name in ("weight_decay", "clip_norm", "warmup_steps", "decay_steps", "min_lr"):
             if not getattr(self, name) >= 0:
-                raise UserError("must not be negative", where=f"optimizer.{name}")
+                raise UserError("must not be negative", where=name)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError("must be in [0, 1)", where=f"optimizer.{name}")
+                raise UserError("must be in [0, 1)", where=name)
         if self.min_lr > self.lr:
-            raise UserError("must not be above optimizer.lr", where="optimizer.min_lr")
+            raise UserError("must not be above lr", where="min_lr")

@@ -26,17 +26,17 @@ class LayoutConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
             if getattr(self, name) < 1:
-                raise UserError("a layout size is at least 1", where=f"layout.{name}")
+                raise UserError("a layout size is at least 1", where=name)
         if self.sequence_parallel and self.tensor == 1:
             raise UserError(
                 "sequence parallelism splits tokens over tensor-parallel ranks, and there is one",
-                where="layout.sequence_parallel",
+                where="sequence_parallel",
                 fix="Set it to false or layout.tensor above 1",
             )
         if self.virtual is not None and (self.pipeline == 1 or self.virtual < 2):
             raise UserError(
                 "virtual stages need at least 2 chunks on each of at least 2 stages",
-                where="layout.virtual",
+                where="virtual",
                 fix="Set it to null or raise layout.pipeline",
             )
 

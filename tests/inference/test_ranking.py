@@ -64,5 +64,5 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize("ks", [(), (0, 1), (5, 5), (10, 5)])
 def test_bad_cut_offs_are_refused(ks: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"protocol\.ks"):
+    with pytest.raises(UserError, match=r"^ks: "):
         Protocol(ks=ks)

@@ -26,4 +26,4 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         for name in ("half_life_days", "num_neighbours", "max_user_items", "prior_events", "prior_feedback"):
             if not getattr(self, name) > 0:
-                raise UserError(f"{getattr(self, name)} is not above 0", where=f"baseline.{name}")
+                raise UserError(f"{getattr(self, name)} is not above 0", where=name)

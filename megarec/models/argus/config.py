@@ -25,5 +25,5 @@ class ArgusConfig(SequenceConfig):
         if self.width % self.block.num_heads:
             raise UserError(
                 f"width {self.width} is not a multiple of num_heads {self.block.num_heads}",
-                where="model.block.num_heads",
+                where="block.num_heads",
             )

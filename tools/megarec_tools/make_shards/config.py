@@ -27,13 +27,13 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if (self.rule == "global_time") != (self.cut is not None):
             fix = "Give split.cut=2024-05-01" if self.cut is None else "Only split.rule=global_time has a cut"
-            raise UserError("split.cut and split.rule do not fit together", fix=fix)
+            raise UserError("cut and rule do not fit together", fix=fix)
         if not 0 <= self.gap < 1e11:
-            raise UserError(f"split.gap={self.gap} is not a number of seconds from 0 up")
+            raise UserError(f"{self.gap} is not a number of seconds from 0 up", where="gap")
         if self.gap and self.rule != "global_time":
-            raise UserError("split.gap is set", fix="Only split.rule=global_time has a gap")
+            raise UserError("is set", where="gap", fix="Only split.rule=global_time has a gap")
         if not 0 < self.fraction < 1:
-            raise UserError(f"split.fraction={self.fraction} is not between 0 and 1")
+            raise UserError(f"{self.fraction} is not between 0 and 1", where="fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
