@@ -38,11 +38,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.num_uniform_negatives < 0 or min(self.chunk_rows, self.chunk_items) < 1:
-            raise UserError("num_uniform_negatives is at least 0, a chunk at least 1", where="objective")
+            raise UserError("num_uniform_negatives is at least 0, a chunk at least 1")
         if min(self.next_item_weight, self.feedback_weight) < 0:
-            raise UserError("a weight is not negative", where="objective")
+            raise UserError("a weight is not negative")
         if self.next_item == "sampled" and self.negatives == "per_position" and not self.num_uniform_negatives:
-            raise UserError("a sampled softmax needs negatives", where="objective.num_uniform_negatives")
+            raise UserError("a sampled softmax needs negatives", where="num_uniform_negatives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep_last < 1:
-            raise UserError("every_steps is not negative, keep_last at least 1", where="checkpoint")
+            raise UserError("every_steps is not negative, keep_last at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
