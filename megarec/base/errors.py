@@ -1,6 +1,7 @@
 """The one error that is the user's to mend, and the exit codes every command keeps."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -51,9 +52,13 @@ def run_command(body: Callable[[], None]) -> NoReturn:
     code = EXIT_DONE
     try:
         body()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         code = EXIT_USER_ERROR
+    except BrokenPipeError:  # who read the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""

@@ -1,6 +1,8 @@
 """What no command answers with a traceback: paths the system refuses, too little memory, numbers that are none."""
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,3 +73,16 @@ def test_a_setting_is_a_finite_number(value: object) -> None:
 def test_numbers_as_yaml_reads_them() -> None:
     assert build(Settings, {"rate": "1e-3"}).rate == 1e-3
     assert build(Settings, {"rate": 2}).rate == 2.0
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    program = (
+        "from megarec.base.errors import run_command\nrun_command(lambda: [print(n) for n in range(100_000)] and None)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
