@@ -138,7 +138,7 @@ class RawReader:
         return sorted(events, key=lambda event: int(event["timestamp"]))  # stable: equal times keep their order
 
     def _is_kept(self, event: Mapping[str, Any]) -> bool:
-        return all(event[c] in values for c, values in self._catalog.schema.keep.items() if c in event)
+        return all(_is_one_of(event[c], values) for c, values in self._catalog.schema.keep.items() if c in event)
 
     def _event(self, event: Mapping[str, Any], where: str) -> dict[str, Any]:
         schema = self._catalog.schema
@@ -265,6 +265,14 @@ def find_id(vocabulary: Mapping[Any, int], value: Any) -> int:
     return next((vocabulary[form] for form in forms if form in vocabulary), 0)
 
 
+def _is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """As the shards decide: a number is one of the numbers, anything else is compared as text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value in [_to_float(str(w)) for w in wanted]
+    text, *texts = (str(v).lower() if isinstance(v, bool) else str(v) for v in (value, *wanted))
+    return text in texts
+
+
 def _split(value: Any, schema: FieldSchema) -> list[Any]:
     if isinstance(value, str) and schema.separator:
         value = value.split(schema.separator)
@@ -280,10 +288,14 @@ def _read_flag(value: Any, *, where: str) -> int:
 
 
 def _read_number(value: Any, *, where: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = _to_float(value)
     if not math.isfinite(number):
         raise UserError(f"{str(value)[:40]!r} is not a finite number", where=where)
     return number
+
+
+def _to_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

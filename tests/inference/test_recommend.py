@@ -2,13 +2,16 @@
 
 import json
 import sys
+from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from megarec_tools.make_shards.log.cleaning import keep_rows
 
 from megarec.base.errors import UserError
 from megarec.cli.recommend import RecommendConfig, recommend
@@ -125,6 +128,18 @@ BAD_LINES = {
 def test_bad_requests_are_refused(world: Dataset, line: str) -> None:
     with pytest.raises(UserError, match=BAD_LINES[line].replace("[", r"\[")):
         RawReader(world).read([parse_request(line, where="line 1")])
+
+
+@pytest.mark.parametrize("value", [4, 4.0, "4", "listen", True, "true"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_filter_of_rows_is_the_shards(world: Dataset, value: Any, kept: bool) -> None:
+    wanted = {"kind": [4, "listen", True] if kept else [5, "Listen", "4.0.", False]}
+    reader = RawReader(replace(world, schema=replace(SCHEMA, keep=wanted)))
+    (request,) = [parse_request(json.dumps({"events": [event(3, 60, kind=value)]}), where="line 1")]
+    assert len(reader.read([request]).timestamp) == (1 if kept else 0)
+    assert reader.dropped_events == (0 if kept else 1)
+    frame = keep_rows(pl.DataFrame({"kind": [value]}), wanted)
+    assert len(frame) == (1 if kept else 0)
 
 
 @pytest.mark.parametrize(
