@@ -3,7 +3,8 @@
 history=FILE   one request in each line (- is standard input):
   {"user": 17, "events": [{"item": 9, "timestamp": 1700000000, ...}, ...],
    "at": 1700000600, "context": {...}, "items": [...]}
-  Events hold columns of the log. `at`, `context` and `items` (the only items to score) may be left out.
+  Events hold columns of the log. `at`, `context` and `items` may be left out; `items` are the only ones to score,
+  and all of them that the catalog knows come back, whatever k is.
 user=ID data=DIR   for one user of a dataset instead, as things stood when the split asked.
 """
 
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from megarec.base.errors import UserError
+from megarec.base.errors import UserError, nearest
 from megarec.cli.command import run
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def recommend(config: RecommendConfig) -> None:
         for answer in answers:
             text = _as_json(answer) if config.format == "jsonl" else _as_table(answer)
             file.write(text + "\n")
-    _report_unknown(recommender.reader)
+    for note in notes_on(recommender.reader, columns=bundle.catalog.schema.columns()):
+        print(f"note: {note}", file=sys.stderr)  # noqa: T201
 
 
 def _answer_file(config: RecommendConfig, recommender: "Recommender") -> "Iterator[Answer]":
@@ -134,13 +136,16 @@ def _as_table(answer: "Answer") -> str:
     return f"user {answer.user} (by {answer.source})\n{align([header, *rows])}\n"
 
 
-def _report_unknown(reader: "RawReader") -> None:
+def notes_on(reader: "RawReader", *, columns: list[str]) -> list[str]:
+    """What `reader` met and could not use; `columns` are those of the log."""
     parts = [f"{count} values of '{name}' are not in the vocabulary" for name, count in reader.unknown.items() if count]
-    parts += [f"'{name}' is no column of the log ({count} times)" for name, count in reader.ignored.most_common(5)]
+    parts += [
+        f"'{name}' is no column of the log ({count} times). {nearest(name, columns)}"
+        for name, count in reader.ignored.most_common(5)
+    ]
     if reader.dropped_events:
         parts.append(f"{reader.dropped_events} events left out by the schema's filter")
-    for part in parts:
-        print(f"note: {part}", file=sys.stderr)  # noqa: T201
+    return parts
 
 
 def _decoded(file: IO[bytes]) -> Iterator[str]:

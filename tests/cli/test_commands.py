@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megarec.cli.recommend import notes_on
 from megarec.data.dataset import open_dataset
+from megarec.inference.requests import RawReader, Request
 from megarec.parallel.groups import ProcessInfo
 from tests.inference.synthetic import write_world
 from tests.ranks import run_ranks
@@ -132,3 +134,13 @@ def test_the_settings_can_be_seen(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "dropout: 0.3" in shown
     assert "data: somewhere" in shown
+
+
+def test_what_a_request_brings_in_vain_is_said(tmp_path: Path) -> None:
+    dataset = write_world(tmp_path / "data", num_users=4)
+    reader = RawReader(dataset)
+    reader.read([Request(events=[{"item": "nothing", "timestamp": 1_700_000_000, "devise": "phone"}])])
+    assert notes_on(reader, columns=dataset.schema.columns()) == [
+        "1 values of 'item' are not in the vocabulary",
+        "'devise' is no column of the log (1 times). Did you mean 'device'?",
+    ]
