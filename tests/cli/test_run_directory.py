@@ -19,7 +19,7 @@ def train(_: ProcessInfo, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stream.lanes=1000", "fewer than lanes=1000"),
+        ("stream.lanes=1000", "fewer than stream.lanes=1000"),
         ("seed=-1", "seed is -1"),
         ("model.input_fields=[nothing]", "'nothing' is not a field"),
         ("optimizer.lr=inf", "optimizer.lr: expected a finite number"),
