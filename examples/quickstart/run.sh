@@ -2,6 +2,8 @@
 # The whole road on a laptop: a log, shards, a model, its evaluation, a bundle, recommendations, a report.
 # Usage: run.sh [folder]; the folder (default: quickstart) is made anew.
 set -euo pipefail
+# Two processes of one thread each: small products gain little from threads, and threads stall on cores that others use.
+export OMP_NUM_THREADS=1
 out=${1:-quickstart}
 rm -rf "$out"
 mkdir -p "$out"
@@ -13,7 +15,7 @@ step() {
 
 step megarec-make-log output="$out/log" num_users=12000 num_events=1500000
 step megarec-make-shards input="$out/log/events-*.parquet" output="$out/data" schema=yambda
-step megarec-train experiment=quickstart data="$out/data" run_dir="$out/run"
+step torchrun --standalone --nproc-per-node 2 -m megarec.cli.train experiment=quickstart data="$out/data" run_dir="$out/run"
 step megarec-evaluate model="$out/run" data="$out/data" oracle="$out/log/oracle.parquet" output="$out/run"
 step megarec-convert checkpoint="$out/run" data="$out/data" output="$out/bundle"
 user=$(python -c "import polars, sys; print(polars.read_parquet(sys.argv[1])['raw'][0])" "$out/data/vocab/user.parquet")
