@@ -143,7 +143,7 @@ class _PendingSave:
                 os.fsync(file.fileno())
             self._entry = SavedFile(file=self.path.name, sha256=sha256_of(self.path), pieces=indices)
         except Exception as error:  # safetensors raises its own class for a full disk
-            self.error = error if isinstance(error, OSError) else OSError(*_errno_of(error))
+            self.error = error if isinstance(error, OSError) else OSError(*errno_of(error))
 
     def is_writing(self) -> bool:
         return self._thread.is_alive()
@@ -153,6 +153,7 @@ class _PendingSave:
         return self._entry
 
 
-def _errno_of(error: Exception) -> tuple[int, str]:
+def errno_of(error: Exception) -> tuple[int, str]:
+    """The system's number and words of an error of safetensors, which has a class of its own for a full disk."""
     full = "No space left" in str(error) or "os error 28" in str(error)
     return (errno.ENOSPC if full else errno.EIO), str(error)

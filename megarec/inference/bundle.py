@@ -26,6 +26,7 @@ from torch import Tensor
 from megarec.base.config import build, plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_directory, read_json, sha256_of, write_json
+from megarec.checkpoint.save import errno_of
 from megarec.data.dataset import Dataset, FieldInfo
 from megarec.data.schema import Schema
 from megarec.models.choice import ModelConfig
@@ -106,7 +107,10 @@ def write_bundle(
     tensors = {**dense, **{TABLE_PREFIX + name: table for name, table in tables.items()}}
     with new_directory(path) as staging:
         write_json(staging / "config.json", plain(config))
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / "model.safetensors")
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staging / "model.safetensors")
+        except SafetensorError as error:
+            raise OSError(*errno_of(error)) from None
         (staging / "vocab").mkdir()
         for name in ("items.parquet", *(f"vocab/{f}.parquet" for f in _vocabularies(config))):
             if not (dataset.path / name).is_file():
