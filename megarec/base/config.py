@@ -6,6 +6,7 @@ what was expected and what came. Checks of values belong to `__post_init__` of t
 `where` is the key as the dataclass knows it; `build` puts the path of the dataclass before it.
 """
 
+import inspect
 import math
 import types
 import typing
@@ -53,6 +54,30 @@ def plain(config: Any) -> dict[str, Any]:
     return result
 
 
+def describe(kind: type, mapping: Mapping[str, Any], *, where: str = "") -> dict[str, str]:
+    """What each setting means, by dotted key: the `Attributes` of the docstrings of `kind` and its nested dataclasses.
+
+    Args:
+        kind: a dataclass.
+        mapping: values, which choose among several dataclasses by their `name`.
+        where: the path of the mapping.
+    """
+    texts: dict[str, str] = {}
+    hints = typing.get_type_hints(kind)
+    for owner in reversed(kind.__mro__):
+        for name, text in _attribute_texts(owner.__doc__ or "").items():
+            if name in hints:
+                texts[_join(where, name)] = text
+    for name, hint in hints.items():
+        value = mapping.get(name)
+        if isinstance(value, Mapping):
+            choices = [k for k in (hint, *typing.get_args(hint)) if is_dataclass(k)]
+            chosen = [k for k in choices if getattr(k, "name", None) == value.get("name")] or choices
+            if chosen:
+                texts |= describe(typing.cast(type, chosen[0]), value, where=_join(where, name))
+    return texts
+
+
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level of dotted keys."""
     flat: dict[str, Any] = {}
@@ -63,6 +88,22 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[path] = value
     return flat
+
+
+def _attribute_texts(docstring: str) -> dict[str, str]:
+    """The entries of the `Attributes` (or `Args`) section of a docstring, each on one line."""
+    texts: dict[str, str] = {}
+    name, inside = "", False
+    for line in inspect.cleandoc(docstring).splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent == 0:
+            inside = line in ("Attributes:", "Args:")
+        elif inside and indent == 4 and ":" in line:
+            name, _, text = line.strip().partition(":")
+            texts[name] = text.strip()
+        elif inside and name:
+            texts[name] += " " + line.strip()
+    return texts
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
+from textwrap import wrap
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -16,11 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megarec.base.config import build, flatten, plain
+from megarec.base.config import build, describe, flatten, plain
 from megarec.base.errors import UserError, nearest, run_command
 from megarec.base.progress import say
 
 C = TypeVar("C")
+HELP_WIDTH = 100
 MISSING_VALUE = "???"  # as hydra marks a key that must be given
 
 
@@ -67,7 +69,8 @@ def read_command_line(name: str, kind: type, *, about: str, presets: str | None 
     settings = _compose(kind, presets, overrides)
     if asked:
         shown = yaml.safe_dump(settings, sort_keys=False).rstrip()
-        say(shown if asked == {"--show-config"} else _help(name, about, settings, ready))
+        texts = describe(kind, settings)
+        say(shown if asked == {"--show-config"} else _help(name, about, settings, ready=ready, texts=texts))
         sys.exit(0)
     missing = sorted(key for key, value in flatten(settings).items() if value == MISSING_VALUE)
     if missing:
@@ -136,14 +139,16 @@ def _ready(presets: str | None) -> dict[str, list[str]]:
     }
 
 
-def _help(name: str, about: str, settings: dict[str, Any], ready: dict[str, list[str]]) -> str:
+def _help(
+    name: str, about: str, settings: dict[str, Any], *, ready: dict[str, list[str]], texts: dict[str, str]
+) -> str:
     lines = [f"{name} key=value ...", "", about.strip(), ""]
     if ready:
         lines += ["Ready settings; --help beside one shows its keys:", ""]
         lines += [f"  {group}={'|'.join(names)}" for group, names in ready.items()] + [""]
-    lines += ["Keys and their defaults (??? must be given):", ""]
-    flat = flatten(settings)
-    width = max(len(key) for key in flat)
-    lines += [f"  {key:<{width}}  {'' if value is None else value}" for key, value in flat.items()]
+    lines += ["Keys, their defaults (??? must be given) and what they mean:", ""]
+    for key, value in flatten(settings).items():
+        lines.append(f"  {key}={'' if value is None else value}")
+        lines += wrap(texts.get(key, ""), HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "--help this page   --show-config the settings after all overrides, as yaml"]
     return "\n".join(lines)

@@ -144,3 +144,13 @@ def test_what_a_request_brings_in_vain_is_said(tmp_path: Path) -> None:
         "1 values of 'item' are not in the vocabulary",
         "'devise' is no column of the log (1 times). Did you mean 'device'?",
     ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_key_means(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    lines = capsys.readouterr().out.split("what they mean:", 1)[1].splitlines()
+    keys = [number for number, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert keys
+    for number in keys:
+        assert lines[number + 1].startswith(" " * 6), f"{lines[number]} is not explained"
