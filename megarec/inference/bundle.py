@@ -63,6 +63,10 @@ class BundleConfig:
     evaluation: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.max_history_events < 1:
+            raise UserError("must be at least 1", where="max_history_events")
+
     def table_shapes(self) -> dict[str, tuple[int, int]]:
         """Rows and width of every table the model looks up."""
         tables = input_shape(self.fields, self.model).tables

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Answer:
         source: `model`, or `popularity` for a user without a single event.
         items: raw items.
         scores: of these items; of popularity, train events.
-        feedback: by field, the probability of each outcome for each of the items; of two outcomes, of the second.
+        feedback: by field, for each of the items, the probability of a flag, or of each value or bin by its name.
     """
 
     user: Any
@@ -150,7 +151,10 @@ class Recommender:
         logits = self.model.feedback_logits(histories.newest(self._max_history_events), targets)
         outcomes = {}
         for name, values in logits.items():
-            probability = torch.sigmoid(values[:, 0]) if values.shape[1] == 1 else torch.softmax(values, dim=1)
-            pieces = np.split(probability.cpu().numpy(), targets.offsets[1:-1])
-            outcomes[name] = [piece.tolist() for piece in pieces]
+            if values.shape[1] == 1:
+                answers: list[Any] = torch.sigmoid(values[:, 0]).tolist()
+            else:
+                outcome = self.reader.outcome_names(name)
+                answers = [dict(zip(outcome, row, strict=True)) for row in torch.softmax(values, dim=1).tolist()]
+            outcomes[name] = [answers[first:last] for first, last in pairwise(targets.offsets.tolist())]
         return outcomes

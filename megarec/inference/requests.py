@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ class RawReader:
                 for name in context
             },
         )
+
+    def outcome_names(self, field: str) -> list[str]:
+        """What the ids 1, 2, ... of a feedback field stand for: values of the log, or the bounds of bins."""
+        edges = [f"{edge:g}" for edge in self._catalog.fields[field].edges]
+        if edges:
+            inner = [f"{low} to {high}" for low, high in pairwise(edges)]
+            return [f"below {edges[0]}", *inner, f"{edges[-1]} and up"]
+        raw_of = {number: str(raw) for raw, number in self._vocabulary[field].items()}
+        return [raw_of[number] for number in range(1, self._catalog.fields[field].num_ids)]
 
     def item_ids(self, raw: Sequence[Any]) -> list[int]:
         """The ids of raw items; 0 for those that are not in the catalog, which are counted."""

@@ -189,7 +189,8 @@ def test_answers_are_the_models(bundle: Path, world: Dataset) -> None:
     assert answer.scores == pytest.approx(scores[order].tolist(), abs=1e-9)
     assert answer.source == "model" and answer.user == "anna"
     assert len(answer.feedback["listened"]) == 5 and all(0 < p < 1 for p in answer.feedback["listened"])
-    assert [sum(p) for p in answer.feedback["ratio"]] == pytest.approx([1.0] * 5)
+    assert [list(p) for p in answer.feedback["ratio"]] == [["below 10", "10 to 50", "50 to 90", "90 and up"]] * 5
+    assert [sum(p.values()) for p in answer.feedback["ratio"]] == pytest.approx([1.0] * 5)
     (unseen,) = recommender.answer([request], k=30, filter_seen=True)
     assert set(unseen.items) == {raw_item(i) for i in range(1, 31)} - {raw_item(i) for i in (7, 3, 2)}
 
