@@ -63,6 +63,12 @@ class EvaluationHook(Hook):
                 file.write(json.dumps({"step": trainer.step, "metrics": metrics}) + "\n")
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             say(f"evaluation at step {trainer.step}  {shown}")
+            if trainer.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                with SummaryWriter(str(self._run_dir / "tensorboard")) as board:
+                    for name, value in metrics.items():
+                        board.add_scalar(f"evaluation/{name}", value, trainer.step)
         self._keep_best(trainer, metrics)
 
     def _keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:

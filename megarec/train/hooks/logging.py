@@ -44,8 +44,8 @@ class LoggingHook(Hook):
         tables = trainer.machinery.tables
         say(
             f"{trainer.config.model.name}: {dense:,} dense weights, {tables.num_rows:,} table rows x {tables.width}; "
-            f"{trainer.groups.world.size} ranks; matmul peak {peak / 1e12:.3g} TFLOP/s per rank; "
-            f"steps {trainer.step:,} to {trainer.config.num_steps:,}"
+            f"{_count(trainer.groups.world.size, 'rank')}; matmul peak {peak / 1e12:.3g} TFLOP/s per rank; "
+            f"{trainer.step:,} of {_count(trainer.config.num_steps, 'step')} done"
         )
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -137,3 +137,7 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a kill
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
