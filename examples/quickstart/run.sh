@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The whole road on a laptop: a log, shards, a model, its evaluation, a bundle, recommendations, a report.
-# Usage: run.sh [folder]; the folder (default: quickstart) is made anew.
+# Usage: run.sh [folder]; what an earlier run left in the folder (default: quickstart) is made anew.
 set -euo pipefail
 # Two processes of one thread each: small products gain little from threads, and threads stall on cores that others use.
 export OMP_NUM_THREADS=1
 out=${1:-quickstart}
-rm -rf "$out"
 mkdir -p "$out"
+rm -rf "$out"/{log,data,run,bundle,report.html}
 
 step() {
   printf '\n== %s\n' "$*"
