@@ -153,6 +153,9 @@ def open_bundle(path: Path) -> Bundle:
         tensors = load_file(file)
     except SafetensorError as error:
         raise UserError(f"not a safetensors file ({error})", where=str(file), fix=_COPY_AGAIN) from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"'{name}' holds {tensor.dtype}, not weights", where=str(file), fix=_COPY_AGAIN)
     tables = {n.removeprefix(TABLE_PREFIX): tensors.pop(n) for n in list(tensors) if n.startswith(TABLE_PREFIX)}
     _check_tables(config, {name: tuple(table.shape) for name, table in tables.items()}, where=str(file))
     catalog.item_counts()  # reads items.parquet, and refuses one of another catalog

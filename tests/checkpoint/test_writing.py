@@ -11,7 +11,7 @@ import megarec.checkpoint.save as save_module
 from megarec.base.errors import UserError
 from megarec.base.files import sha256_of
 from megarec.checkpoint.load import Checkpoint
-from megarec.checkpoint.pieces import whole
+from megarec.checkpoint.pieces import Piece, PieceIndex, whole
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.parallel.groups import ProcessInfo, start, stop
 from megarec.parallel.layout import LayoutConfig
@@ -75,3 +75,52 @@ def test_a_pointer_to_a_folder_elsewhere_is_refused_even_if_it_is_there(saved: P
     (saved.parent / "latest").write_text("other\n")
     with pytest.raises(UserError, match="which is not here"):
         Checkpoint(saved.parent)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def die_before_the_rename(process: ProcessInfo, directory: Path) -> bool:
+    start(LayoutConfig(), process)
+    writer = CheckpointWriter(directory, rank=0, world_size=1, keep_last=2)
+    writer.start(1, [whole("weights", torch.ones(2))], state={}, config={})
+    writer.finish()
+
+    def replace(*_: object) -> None:
+        raise Killed
+
+    save_module.os.replace = replace  # type: ignore[assignment]
+    writer.start(2, [whole("weights", torch.ones(2))], state={}, config={})
+    try:
+        writer.finish()
+    except Killed:
+        return True
+    return False
+
+
+def test_latest_never_names_a_checkpoint_without_its_name(tmp_path: Path) -> None:
+    assert run_ranks(die_before_the_rename, 1, tmp_path) == [True]
+    assert Checkpoint(tmp_path).step == 1
+
+
+def save_four_keep_two(process: ProcessInfo, directory: Path) -> None:
+    start(LayoutConfig(), process)
+    writer = CheckpointWriter(directory, rank=0, world_size=1, keep_last=2)
+    for step in (1, 2, 3, 4):
+        writer.start(step, [whole("weights", torch.ones(2))], state={}, config={})
+        writer.finish()
+        if step == 1:
+            writer.mark_best(1)
+    stop()
+
+
+def test_the_newest_two_and_the_best_stay(tmp_path: Path) -> None:
+    run_ranks(save_four_keep_two, 1, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003", "step-00000004"]
+
+
+def test_a_tensor_of_another_global_shape_is_refused(saved: Path) -> None:
+    wanted = PieceIndex(name="weights", global_shape=(4,), count=4)
+    with pytest.raises(UserError, match=r"'weights' has shape \(6,\), the model wants \(4,\)"):
+        Checkpoint(saved).load([Piece(index=wanted, values=torch.empty(4))])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megarec.base.errors import UserError
 from megarec.base.files import sha256_of
@@ -128,6 +128,12 @@ def test_sealed_nonsense_is_found(bundle: Path, tmp_path: Path) -> None:
     save_file({"table/unknown": torch.zeros(2, 2)}, other / "model.safetensors")
     reseal(other, "model.safetensors")
     with pytest.raises(UserError, match="table 'artist' has shape None"):
+        open_bundle(other)
+    other = copy()
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "table/item": weights["table/item"].to(torch.int8)}, other / "model.safetensors")
+    reseal(other, "model.safetensors")
+    with pytest.raises(UserError, match=r"'table/item' holds torch\.int8, not weights"):
         open_bundle(other)
 
 

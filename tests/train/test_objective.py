@@ -237,6 +237,17 @@ def test_rows_follow_the_slots(dataset: Dataset) -> None:
         assert (world.batch.rows[part][dead] == -1).all()
 
 
+def test_a_target_that_nobody_knows_has_no_next_item_loss(dataset: Dataset) -> None:
+    world = World(dataset, OBJECTIVES["shared, standard"], SMALL_ARGUS)
+    pack, known = world.pack, world.targets()
+    next_item = pack.next_fields["item"].copy()
+    next_item[known[0][0]] = 0
+    changed = replace(pack, next_fields={**pack.next_fields, "item": next_item})
+    batch = BatchMaker(world.row_map, world.counts, world.objective, seed=SEED).make(changed)
+    assert batch.columns["target_event"].tolist() == [event for event, _ in known[1:]]
+    assert (batch.columns["candidate_id"] > 0).all()
+
+
 def test_one_exchange_serves_all_packs(dataset: Dataset) -> None:
     first = World(dataset, OBJECTIVES["shared, standard"], SMALL_ARGUS).batch
     second = World(dataset, OBJECTIVES["per position"], SMALL_ARGUS).batch
