@@ -80,6 +80,7 @@ class TrainConfig:
         evaluate_every_steps: steps between evaluations on the eval split; 0 for none.
         evaluate_users: at most so many users in a periodic evaluation; 0 for all.
         tensorboard: write TensorBoard event files into the run directory.
+        verify_shards: compare the SHA-256 of every shard before training; the checksum of a block is compared anyway.
     """
 
     data: str
@@ -93,6 +94,7 @@ class TrainConfig:
     evaluate_every_steps: int = 0
     evaluate_users: int = 0
     tensorboard: bool = True
+    verify_shards: bool = True
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)

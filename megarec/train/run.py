@@ -24,7 +24,10 @@ from megarec.train.hooks.logging import LoggingHook
 from megarec.train.trainer import Trainer
 
 # What may change when a run goes on: everything else would make it another run.
-CHANGEABLE = ("num_steps", "run_dir", "data", "device", "num_threads", "tensorboard", "log_every_steps")
+CHANGEABLE = (
+    *("num_steps", "run_dir", "data", "verify_shards"),
+    *("device", "num_threads", "tensorboard", "log_every_steps"),
+)
 CHANGEABLE_SECTIONS = ("evaluate_", "checkpoint.", "layout.", "stream.prefetch_steps")
 
 
@@ -41,6 +44,8 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
     """
     check_run(config, world=process.world)
     dataset = open_dataset(config.data)
+    if config.verify_shards and process.rank == 0:
+        dataset.verify()
     check_dataset(config, dataset)
     run_dir = Path(config.run_dir)
     newest = find_run(run_dir, config)

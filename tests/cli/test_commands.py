@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megarec.base.files import sha256_of
 from megarec.cli.recommend import notes_on
 from megarec.data.dataset import open_dataset
 from megarec.inference.requests import RawReader, Request
@@ -107,23 +108,36 @@ def test_help_shows_the_keys_of_the_model_beside_it(capsys: pytest.CaptureFixtur
     assert "model.block.num_time_buckets" in capsys.readouterr().out
 
 
-def train_on_a_damaged_shard(_: ProcessInfo, data: Path, run_dir: Path) -> int:
-    settings = ["num_steps=3", "stream.lanes=2", "stream.tokens_per_pack=512", "stream.max_history_events=64"]
+def train_on_a_damaged_shard(_: ProcessInfo, data: Path, run_dir: Path, verify: bool) -> int:
+    settings = [
+        f"verify_shards={verify}",
+        "num_steps=3",
+        "stream.lanes=2",
+        "stream.tokens_per_pack=512",
+        "stream.max_history_events=64",
+    ]
     return call("megarec-train", f"data={data}", f"run_dir={run_dir}", *settings)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_train_refuses_a_damaged_shard(tmp_path: Path, damage: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("damage", "verify"), [("flipped", True), ("flipped", False), ("cut", False), ("another checksum", True)]
+)
+def test_train_refuses_a_damaged_shard(
+    tmp_path: Path, damage: str, verify: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_world(tmp_path / "data", num_users=40)
     dataset = open_dataset(tmp_path / "data")
     shard = dataset.shard_path(dataset.shards_of("train")[0])
     content = bytearray(shard.read_bytes())
     if damage == "flipped":
         content[700] ^= 1
-    else:
+    elif damage == "cut":
         del content[-2048:]
+    else:
+        listed = tmp_path / "data" / "dataset.json"
+        listed.write_text(listed.read_text().replace(sha256_of(shard), "0" * 64))
     shard.write_bytes(content)
-    assert run_ranks(train_on_a_damaged_shard, 1, tmp_path / "data", tmp_path / "run") == [2]
+    assert run_ranks(train_on_a_damaged_shard, 1, tmp_path / "data", tmp_path / "run", verify) == [2]
     error = capfd.readouterr().err
     assert "shard-000000.tar" in error
     assert "Traceback" not in error
