@@ -25,8 +25,14 @@ from megarec.train.trainer import Trainer
 
 # What may change when a run goes on: everything else would make it another run.
 CHANGEABLE = (
-    *("num_steps", "run_dir", "data", "verify_shards"),
-    *("device", "num_threads", "tensorboard", "log_every_steps"),
+    "num_steps",
+    "run_dir",
+    "data",
+    "verify_shards",
+    "device",
+    "num_threads",
+    "tensorboard",
+    "log_every_steps",
 )
 CHANGEABLE_SECTIONS = ("evaluate_", "checkpoint.", "layout.", "stream.prefetch_steps")
 

@@ -1,0 +1,47 @@
+"""The best checkpoint is the one with the highest metric, also when the run is interrupted in between."""
+
+from pathlib import Path
+from typing import Any
+
+from megarec.checkpoint.manifest import read_pointer
+from megarec.parallel.groups import ProcessInfo
+from megarec.train.config import TrainConfig
+from megarec.train.run import train
+from megarec.train.trainer import Trainer
+from tests.inference.synthetic import write_world
+from tests.ranks import run_ranks
+from tests.train.runs import make_config
+
+SCORES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4}
+
+
+class Scripted:
+    """An evaluation whose result is known."""
+
+    def measure(self, trainer: Trainer, *_: Any) -> int:
+        return trainer.step
+
+    def summarize(self, trainer: Trainer, shares: list[int]) -> dict[str, float]:
+        assert shares == [trainer.step] * trainer.groups.world.size
+        return {"ndcg@10": SCORES[trainer.step]}
+
+
+def scripted_run(process: ProcessInfo, config: TrainConfig) -> None:
+    train(config, process, Scripted())
+
+
+def test_the_highest_metric_wins_and_is_remembered(tmp_path: Path) -> None:
+    write_world(tmp_path / "data", num_users=60)
+    for num_steps, num_ranks in ((6, 2), (10, 1)):
+        config = make_config(
+            tmp_path / "data",
+            tmp_path / "run",
+            num_steps=num_steps,
+            evaluate_every_steps=2,
+            checkpoint={"every_steps": 3, "keep_last": 1, "keep_best": "ndcg@10"},
+        )
+        run_ranks(scripted_run, num_ranks, config)
+        best = read_pointer(tmp_path / "run" / "checkpoints", "best")
+        assert best is not None and best.name == "step-00000004"
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000010"]
