@@ -46,8 +46,8 @@ def nearest(word: str, words: list[str]) -> str:
 def run_command(body: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process: 0 done, 2 the user's mistake, 1 anything else.
 
-    A user's mistake, a path that the system refuses, a full disk and too little memory are one line on standard error,
-    never a traceback.
+    A user's mistake, a path that the system refuses, a full disk, too little memory and an interrupt are one line on
+    standard error, never a traceback.
     """
     code = EXIT_DONE
     try:
@@ -69,6 +69,9 @@ def run_command(body: Callable[[], None]) -> NoReturn:
             code = EXIT_USER_ERROR
         else:
             raise
+    except KeyboardInterrupt:
+        print("interrupted: only what was complete is left", file=sys.stderr)  # noqa: T201
+        code = EXIT_FAILED
     except MemoryError as error:
         print(f"error: out of memory ({str(error)[:200]}). Lower the sizes", file=sys.stderr)  # noqa: T201
         code = EXIT_FAILED
