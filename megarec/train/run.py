@@ -15,7 +15,7 @@ from megarec.checkpoint.save import CheckpointWriter
 from megarec.data.dataset import open_dataset
 from megarec.parallel.groups import ProcessInfo, start, stop
 from megarec.train import state
-from megarec.train.checks import check_dataset, check_run
+from megarec.train.checks import check_dataset, check_evaluation, check_run
 from megarec.train.config import TrainConfig
 from megarec.train.hooks.checkpoint import CheckpointHook
 from megarec.train.hooks.evaluation import EvaluationHook, Evaluator
@@ -34,7 +34,7 @@ CHANGEABLE = (
     "tensorboard",
     "log_every_steps",
 )
-CHANGEABLE_SECTIONS = ("evaluate_", "checkpoint.", "layout.", "stream.prefetch_steps")
+CHANGEABLE_SECTIONS = ("evaluate_", "protocol.", "checkpoint.", "layout.", "stream.prefetch_steps")
 
 
 def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> None:
@@ -53,6 +53,7 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
     if config.verify_shards and process.rank == 0:
         dataset.verify()
     check_dataset(config, dataset)
+    check_evaluation(config, dataset)
     run_dir = Path(config.run_dir)
     newest = find_run(run_dir, config)
     if config.num_threads:
