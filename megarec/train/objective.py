@@ -99,7 +99,6 @@ class Objective:
                 log_q=log_q,
                 correction=config.correction,
                 inverse_temperature=scale,
-                chunk_rows=config.chunk_rows,
             )
         return sampled_softmax(
             query,
