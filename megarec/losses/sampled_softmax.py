@@ -88,25 +88,26 @@ def sampled_softmax_per_position(
     query: Tensor,
     candidates: Tensor,
     *,
-    target: Tensor,
-    negative_index: Tensor,
+    slots: Tensor,
+    order: Tensor,
     log_q: Tensor | None,
     correction: Correction,
     inverse_temperature: Tensor,
 ) -> Tensor:
     """As `sampled_softmax`, with each query's own negatives, drawn with replacement.
 
-    The logits are those entries of `query candidates^T` that the indices name, `[Q, 1 + K]`; no candidate is ever
-    copied for a query, so memory is that of the indices. A negative drawn twice counts twice; one equal to the target
-    counts as an accidental hit.
+    The logits are those entries of `query candidates^T` that `slots` names, `[Q, 1 + K]`; no candidate is ever copied
+    for a query, so memory is that of `slots`. A negative drawn twice counts twice; one equal to the target counts as
+    an accidental hit.
 
     Source: the public HSTU tables (research code of arXiv 2402.17152) draw their negatives so, without correction.
 
     Args:
         query: `[Q, D]`.
         candidates: `[C, D]`, one row per distinct item.
-        target: `[Q]` int64, slot of the query's target in `candidates`.
-        negative_index: `[Q, K]` int64, slots of the query's negatives.
+        slots: `[Q, 1 + K]` int32 or int64, places in `candidates` of each query's target and of its K negatives.
+        order: `[Q (1 + K)]` int64, the stable order of the flattened `slots`, by which a candidate's gradient is added
+            up. Whoever drew the negatives makes it off the device.
         log_q: `[C]`, log of the probability that one draw gives the candidate, finite; None with `none`.
         correction: as in `sampled_softmax`.
         inverse_temperature: scalar tensor; gets a gradient.
@@ -117,14 +118,15 @@ def sampled_softmax_per_position(
     Raises:
         ValueError: a shape is wrong, or `log_q` and `correction` do not belong together; names the argument.
     """
-    _check(query, candidates, target, log_q=log_q, correction=correction)
-    if negative_index.dim() != 2 or len(negative_index) != len(query):
-        raise ValueError(f"negative_index must be [{len(query)}, K], got {list(negative_index.shape)}")
+    if slots.dim() != 2 or len(slots) != len(query) or slots.shape[1] < 1:
+        raise ValueError(f"slots must be [{len(query)}, 1 + K], got {list(slots.shape)}")
+    if order.shape != (slots.numel(),):
+        raise ValueError(f"order must be [{slots.numel()}], got {list(order.shape)}")
+    _check(query, candidates, slots[:, 0], log_q=log_q, correction=correction)
     sums = _Sums(query, candidates, inverse_temperature)
     if not len(query):
         return sums.result(query, candidates, inverse_temperature)
     log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
-    slots = torch.cat([target[:, None], negative_index], dim=1)
     logits = _products_at(sums.query, sums.candidates, slots) * sums.inverse_temperature
     terms = _terms(
         logits[:, :1],
@@ -137,7 +139,14 @@ def sampled_softmax_per_position(
     if sums.wanted:
         gradient = torch.cat([terms.target, terms.negative], dim=1)
         sums.query_gradient = F.embedding_bag(slots, sums.candidates, mode="sum", per_sample_weights=gradient)
-        sums.candidates_gradient = _sum_by_slot(sums.query, slots, gradient, num_slots=len(candidates))
+        counts = torch.bincount(slots.flatten(), minlength=len(candidates))
+        sums.candidates_gradient = F.embedding_bag(
+            torch.div(order, slots.shape[1], rounding_mode="floor"),
+            sums.query,
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=gradient.flatten()[order],
+        )
     return sums.result(query, candidates, inverse_temperature)
 
 
@@ -145,8 +154,8 @@ def _products_at(query: Tensor, candidates: Tensor, slots: Tensor) -> Tensor:
     """`query_i . candidates_{slots_ij}`, `[Q, K]`: a matrix product sampled where a sparse matrix has entries."""
     num_queries, num_slots = slots.shape
     if num_slots > len(candidates):  # all products are fewer, and torch wants no more entries than a matrix has
-        return (query @ candidates.T).gather(1, slots)
-    ends = torch.arange(0, slots.numel() + 1, num_slots, device=slots.device)
+        return (query @ candidates.T).gather(1, slots.long())
+    ends = torch.arange(0, slots.numel() + 1, num_slots, dtype=slots.dtype, device=slots.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls its sparse matrices a beta, once
         pattern = torch.sparse_csr_tensor(
@@ -158,14 +167,6 @@ def _products_at(query: Tensor, candidates: Tensor, slots: Tensor) -> Tensor:
         )
         products = torch.sparse.sampled_addmm(pattern, query, candidates.T, beta=0.0)
     return products.values().view(num_queries, num_slots)
-
-
-def _sum_by_slot(query: Tensor, slots: Tensor, weight: Tensor, *, num_slots: int) -> Tensor:
-    """`out_c = sum over i, j with slots_ij = c of weight_ij query_i`, `[C, D]`, in the order of (i, j)."""
-    ordered, order = torch.sort(slots.flatten().int(), stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(num_slots, dtype=torch.int32, device=slots.device))
-    row = torch.div(order, slots.shape[1], rounding_mode="floor")
-    return F.embedding_bag(row, query, starts, mode="sum", per_sample_weights=weight.flatten()[order])
 
 
 class _Sums:

@@ -52,19 +52,23 @@ class Case:
     def arguments(self, correction: Correction, **changes: object) -> dict[str, object]:
         log_q = None if correction == "none" else self.q.log()
         return {
-            "target": self.target,
             "log_q": log_q,
             "correction": correction,
             "inverse_temperature": self.inverse_temperature,
             **changes,
         }
 
+    def shared_arguments(self) -> dict[str, object]:
+        return {"target": self.target, "candidate_id": self.candidate_id, "chunk_rows": 4}
+
     def shared(self, correction: Correction, **changes: object) -> Tensor:
-        arguments = self.arguments(correction, **{"candidate_id": self.candidate_id, "chunk_rows": 4, **changes})
+        arguments = self.arguments(correction, **{**self.shared_arguments(), **changes})
         return sampled_softmax(self.query, self.candidates, **arguments)  # type: ignore[arg-type]
 
     def per_position(self, correction: Correction, **changes: object) -> Tensor:
-        arguments = self.arguments(correction, **{"negative_index": self.negative_index, **changes})
+        slots = torch.cat([self.target[:, None], self.negative_index], dim=1)
+        order = torch.sort(slots.flatten(), stable=True).indices
+        arguments = self.arguments(correction, **{"slots": slots.int(), "order": order, **changes})
         return sampled_softmax_per_position(self.query, self.candidates, **arguments)  # type: ignore[arg-type]
 
     def twin(self, correction: Correction, negatives_of: "list[list[int]]") -> Tensor:
@@ -253,20 +257,22 @@ def test_only_what_needs_a_gradient_gets_one_and_nothing_is_kept_without() -> No
 )
 def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None:
     case = Case()
-    arguments = {**case.arguments("standard"), "candidate_id": case.candidate_id, "chunk_rows": 4, **change}
+    arguments = {**case.arguments("standard"), **case.shared_arguments(), **change}
     with pytest.raises(ValueError, match=name):
         sampled_softmax(case.query, case.candidates, **arguments)  # type: ignore[arg-type]
 
 
 def test_wrong_matrices_are_named() -> None:
     case = Case()
-    arguments = {**case.arguments("none"), "candidate_id": case.candidate_id, "chunk_rows": 4}
+    arguments = {**case.arguments("none"), **case.shared_arguments()}
     with pytest.raises(ValueError, match="query"):
         sampled_softmax(case.query[0], case.candidates, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="candidates"):
         sampled_softmax(case.query, case.candidates[:, :3], **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="negative_index"):
-        case.per_position("none", negative_index=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="slots"):
+        case.per_position("none", slots=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="order"):
+        case.per_position("none", order=torch.zeros(3, dtype=torch.int64))
 
 
 def test_the_loss_of_two_queries_by_hand() -> None:
