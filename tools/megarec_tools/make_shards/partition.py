@@ -51,7 +51,7 @@ class PartitionResult:
 def partition_piece(task: PartitionTask) -> PartitionResult:
     """Runs one task."""
     schema = task.layout.schema
-    raw, broken = read_piece(task.piece, schema.columns(), list_columns=list_columns_of(schema))
+    raw, broken = read_piece(task.piece, schema.columns(), list_columns=list_columns_of(schema.log_fields().values()))
     kept = keep_rows(raw, schema.keep)
     frame, rejects = clean(kept, task.layout)
     hashes = hash_users(frame["user"], seed=task.seed)

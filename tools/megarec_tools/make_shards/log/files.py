@@ -16,7 +16,9 @@ FORMATS: dict[str, LogFormat] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".inter": "tsv",
+    ".item": "tsv",
     ".jsonl": "jsonl",
+    ".json": "jsonl",
     ".ndjson": "jsonl",
 }
 COMPRESSIONS = (".gz", ".zst")
@@ -70,7 +72,7 @@ def _expand(text: str) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise UserError("no such file" if not path.is_dir() else "no files in here", where=text, fix="Check input")
+        raise UserError("no such file" if not path.is_dir() else "no files in here", where=text, fix="Check the path")
     return found
 
 

@@ -1,5 +1,6 @@
 """A log cut into pieces that workers read on their own: row groups of Parquet files, whole lines of text files."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -14,7 +15,7 @@ import zstandard
 from pyarrow import ArrowException, parquet
 
 from megarec.base.errors import UserError, nearest
-from megarec.data.schema import Schema
+from megarec.data.schema import FileFormat
 from megarec_tools.make_shards.log.files import COMPRESSIONS, LogFiles, LogFormat
 
 PIECE_ROWS = 1 << 20
@@ -65,14 +66,14 @@ class Piece:
     read_bytes: int = 0
 
 
-def text_style(schema: Schema | None, file_format: LogFormat) -> TextStyle:
-    """The delimiter and the quotes of a log: the schema's, or those of its format."""
-    delimiter = (schema.delimiter if schema else None) or ("\t" if file_format == "tsv" else ",")
-    quoted = schema.quoted if schema and schema.quoted is not None else file_format == "csv" and len(delimiter) == 1
+def text_style(written: FileFormat | None, file_format: LogFormat) -> TextStyle:
+    """The delimiter and the quotes of a file: the schema's, or those of its format."""
+    delimiter = (written.delimiter if written else None) or ("\t" if file_format == "tsv" else ",")
+    quoted = written.quoted if written and written.quoted is not None else file_format == "csv" and len(delimiter) == 1
     return TextStyle(delimiter=delimiter, quoted=quoted)
 
 
-def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> list[str]:
+def columns_of(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> list[str]:
     """The names of the columns of a file; of JSON lines, the keys of its first lines.
 
     Raises:
@@ -81,16 +82,17 @@ def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> 
     if file_format == "parquet":
         return list(open_parquet(path).schema_arrow.names)
     if file_format == "jsonl":
-        keys = _json_keys(_first_lines(path))
+        keys = _json_keys(_first_lines(path, written=written))
         if not keys:
             raise UserError("none of its first lines is a JSON object", where=str(path), fix="Check input")
         return keys
-    if schema is not None and schema.column_names:
-        return list(schema.column_names)
-    return _header(_first_lines(path).split(b"\n", 1)[0], path=path, style=text_style(schema, file_format))
+    if written is not None and written.column_names:
+        return list(written.column_names)
+    line = _first_lines(path, written=written).split(b"\n", 1)[0]
+    return _header(line, path=path, style=text_style(written, file_format))
 
 
-def cut_pieces(files: LogFiles, *, schema: Schema) -> Iterator[Piece]:
+def cut_pieces(files: LogFiles, *, written: FileFormat) -> Iterator[Piece]:
     """All pieces of a log, in order.
 
     Raises:
@@ -98,11 +100,11 @@ def cut_pieces(files: LogFiles, *, schema: Schema) -> Iterator[Piece]:
     """
     number = 0
     for index, path in enumerate(files.paths):
-        parts = _row_groups(path) if files.format == "parquet" else _text_pieces(path, files.format, schema=schema)
+        parts = _row_groups(path) if files.format == "parquet" else _text_pieces(path, files.format, written=written)
         names: tuple[str, ...] = ()
         style = None
         if files.format in ("csv", "tsv"):
-            names, style = tuple(columns_of(path, files.format, schema=schema)), text_style(schema, files.format)
+            names, style = tuple(columns_of(path, files.format, written=written)), text_style(written, files.format)
         for row_groups, text, read_bytes in parts:
             yield Piece(
                 number=number,
@@ -118,24 +120,24 @@ def cut_pieces(files: LogFiles, *, schema: Schema) -> Iterator[Piece]:
             number += 1
 
 
-def first_text_piece(path: Path, file_format: LogFormat, *, schema: Schema | None) -> Piece:
+def first_text_piece(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> Piece:
     """The first rows of a text file as a piece of their own."""
-    text = _first_lines(path)
+    text = _first_lines(path, written=written)
     text = text[: text.rfind(b"\n") + 1] or text
     names: tuple[str, ...] = ()
     if file_format != "jsonl":
-        names = tuple(columns_of(path, file_format, schema=schema))
-        if schema is None or not schema.column_names:
+        names = tuple(columns_of(path, file_format, written=written))
+        if written is None or not written.column_names:
             text = text.partition(b"\n")[2]
-    style = text_style(schema, file_format)
+    style = text_style(written, file_format)
     return Piece(number=0, file=0, path=path, format=file_format, text=text, names=names, style=style)
 
 
-def estimate_rows(files: LogFiles, *, schema: Schema) -> int:
+def estimate_rows(files: LogFiles, *, written: FileFormat) -> int:
     """The rows of a log: exact for Parquet, for text from the length of the first rows."""
     if files.format == "parquet":
         return sum(int(open_parquet(path).metadata.num_rows) for path in files.paths)
-    sample = first_text_piece(files.paths[0], files.format, schema=schema).text
+    sample = first_text_piece(files.paths[0], files.format, written=written).text
     expansion = 1 if files.paths[0].suffix.lower() not in COMPRESSIONS else 4
     return files.num_bytes * expansion * (sample.count(b"\n") + 1) // (len(sample) + 1)
 
@@ -166,11 +168,13 @@ def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
             group, num_rows = [], 0
 
 
-def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
-    quoted = file_format == "csv" and text_style(schema, file_format).quoted
-    skip_header = file_format != "jsonl" and not schema.column_names
+def _text_pieces(
+    path: Path, file_format: LogFormat, *, written: FileFormat
+) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+    quoted = file_format == "csv" and text_style(written, file_format).quoted
+    skip_header = file_format != "jsonl" and not written.column_names
     rest, read_so_far = bytearray(), 0
-    for data, position in _decompressed(path):
+    for data, position in _text_of(path, written=written):
         rest += data
         if skip_header:
             if b"\n" not in rest:
@@ -208,15 +212,30 @@ def _last_row_end(text: bytearray, *, quoted: bool) -> int:
     return last  # a stray quote: the parser will say which row it is in
 
 
-def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The bytes of a file with how far into the file they reach; without the byte order mark."""
+def _text_of(path: Path, *, written: FileFormat | None) -> Iterator[tuple[bytes, int]]:
+    """The text of a file in UTF-8, without the byte order mark, and how far into the file each part of it reaches."""
     chunks = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _plain)(path)
-    first = True
+    encoding = written.encoding if written else "utf-8"
+    first, first_accent = True, encoding != "utf-8"
     for data, position in chunks:
         if first and data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError("the text is UTF-16", where=str(path), fix="Convert it to UTF-8")
-        yield data.removeprefix(_BOM) if first else data, position
+        data = data.removeprefix(_BOM) if first else data
+        if first_accent and not data.isascii():
+            _refuse_utf_8(data, path=path, encoding=encoding)
+            first_accent = False
+        yield data if encoding == "utf-8" else data.decode(encoding).encode(), position
         first = first and not data
+
+
+def _refuse_utf_8(data: bytes, *, path: Path, encoding: str) -> None:
+    """Latin-1 letters all but never stand together as UTF-8 ones do, so that text of both kinds is UTF-8."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return
+    what = f"the schema says {encoding}, but the text is UTF-8"
+    raise UserError(what, where=str(path), fix="Copy the schema and set encoding to utf-8")
 
 
 def _plain(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -255,10 +274,10 @@ def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
             raise UserError("the zstd file is truncated", where=str(path), fix="Copy it again")
 
 
-def _first_lines(path: Path) -> bytes:
+def _first_lines(path: Path, *, written: FileFormat | None) -> bytes:
     """At least the first line of a text file, if it has one."""
     text = b""
-    for data, _ in _decompressed(path):
+    for data, _ in _text_of(path, written=written):
         text += data
         if len(text) >= SAMPLE_BYTES and b"\n" in text:
             break

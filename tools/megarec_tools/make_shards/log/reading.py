@@ -1,6 +1,6 @@
 """From a piece of a log to a polars frame of its raw columns; lines that are no rows are named, not lost."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from pyarrow import ArrowException
 from pyarrow import csv as arrow_csv
 
 from megarec.base.errors import UserError
-from megarec.data.schema import Schema
+from megarec.data.schema import FieldSchema, FileFormat
 from megarec_tools.make_shards.log.files import LogFiles
 from megarec_tools.make_shards.log.pieces import (
     Piece,
@@ -51,9 +51,9 @@ def read_piece(
     return _read_delimited(piece, columns)
 
 
-def list_columns_of(schema: Schema) -> set[str]:
+def list_columns_of(fields: Iterable[FieldSchema]) -> set[str]:
     """The columns that fields of several values are read from."""
-    return {field.column for field in schema.fields.values() if field.max_values > 1}
+    return {field.column for field in fields if field.max_values > 1}
 
 
 def _read_parquet(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -159,8 +159,14 @@ def _broken(rows: list[tuple[int, str]], reason: str) -> pl.DataFrame:
     )
 
 
-def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | None) -> pl.DataFrame:
-    """The first rows of a log: enough of them to decide what its columns hold.
+def read_sample(
+    files: LogFiles,
+    columns: Sequence[str],
+    *,
+    written: FileFormat | None,
+    list_columns: Collection[str] | None = None,
+) -> pl.DataFrame:
+    """The first rows of a log: enough of them to decide what its columns hold; for the arguments see `read_piece`.
 
     Raises:
         UserError: the log has no rows.
@@ -174,9 +180,8 @@ def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | Non
                 raise damaged_parquet(path, error) from None
             frame = pl.DataFrame(pl.from_arrow(batch)) if batch is not None else pl.DataFrame()
         else:
-            piece = first_text_piece(path, files.format, schema=schema)
-            lists = list_columns_of(schema) if schema else None
-            frame = read_piece(piece, columns, list_columns=lists)[0].head(SAMPLE_ROWS)
+            piece = first_text_piece(path, files.format, written=written)
+            frame = read_piece(piece, columns, list_columns=list_columns)[0].head(SAMPLE_ROWS)
         if len(frame):
             return frame.select(columns)
     raise UserError("the log has no rows", where=str(files.paths[0]), fix="Check input")
