@@ -71,14 +71,15 @@ class FileFormat:
     """How files are written.
 
     Attributes:
-        file_format: of files whose suffix does not say it.
+        file_format: of files whose suffix does not say it; `sequences` is one user a line, its items apart by blanks,
+            with the columns `line` (the number of the line) and `items`.
         delimiter: between the values of a line; by default a comma in `csv`, a tab in `tsv`.
         quoted: whether a value may stand in double quotes; by default in `csv` only.
         column_names: of files without a header line.
         encoding: of text files.
     """
 
-    file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
+    file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "sequences"] = "auto"
     delimiter: str | None = None
     quoted: bool | None = None
     column_names: tuple[str, ...] = ()
@@ -121,7 +122,9 @@ class Schema(FileFormat):
         keep: rows to read: those whose column holds one of the values. Others are counted, not rejected.
         optional_columns: columns of `fields` and `keep` that a log may lack; it then has no such field or filter.
         text_columns: columns of ids that are text even where they look like integers.
-        items: how to read item files; without such files its fields are read from the log, if that has them.
+        items: how to read item files. Without such files its fields are absent, but for those with an optional column
+            that the log has.
+        aliases: other names of a ready schema.
     """
 
     name: str
@@ -134,6 +137,7 @@ class Schema(FileFormat):
     optional_columns: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
     items: ItemFiles | None = None
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,27 +167,32 @@ class Schema(FileFormat):
         return list(dict.fromkeys(c for c in wanted if c is not None))
 
 
-def ready_schemas() -> list[str]:
-    """The names of the schemas that ship with megarec."""
+def ready_schemas() -> dict[str, str]:
+    """The yaml text of the schemas that ship with megarec, by their names and aliases."""
     folder = resources.files("megarec.data") / "schemas"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    texts = [entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    named: dict[str, str] = {}
+    for text in texts:
+        schema = yaml.safe_load(text)
+        named |= dict.fromkeys([schema["name"], *schema.get("aliases", ())], text)
+    return dict(sorted(named.items()))
 
 
 def load_schema(path_or_name: str | Path) -> Schema:
     """A ready schema by its name, or the schema in a yaml file.
 
     Raises:
-        UserError: neither exists (names the nearest ready schema), or the file does not hold a valid schema.
+        UserError: neither exists (names the nearest ready schema and all others), or the file holds no valid schema.
     """
-    text = str(path_or_name)
-    if text in ready_schemas():
-        content = (resources.files("megarec.data") / "schemas" / f"{text}.yaml").read_text(encoding="utf-8")
-        return parse_schema(content, where=text)
+    text, ready = str(path_or_name), ready_schemas()
+    if text in ready:
+        return parse_schema(ready[text], where=text)
     path = Path(text)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UserError("no such schema file", where=text)
-        raise UserError(f"unknown schema '{text}'", fix=nearest(text, [*ready_schemas(), "infer"]))
+        fix = f"{nearest(text, [*ready, 'infer'])} Ready schemas: {', '.join(ready)}"
+        raise UserError(f"unknown schema '{text}'", fix=fix)
     if path.stat().st_size > MAX_SCHEMA_BYTES:
         raise UserError(f"a schema is at most {MAX_SCHEMA_BYTES} bytes", where=text)
     return parse_schema(path.read_text(encoding="utf-8", errors="replace"), where=text)

@@ -172,17 +172,18 @@ def test_several_item_files_with_other_columns(tmp_path):
     assert one.item_side()["artist"].tolist() == made.item_side()["artist"].tolist()
 
 
-def test_without_item_files_their_fields_come_from_the_log_or_are_absent(tmp_path, capsys):
+def test_without_item_files_their_fields_come_from_an_optional_column_or_are_absent(tmp_path, capsys):
     write_log(tmp_path / "log.csv", events())
     made = make(tmp_path, MAPS, items="")
     assert list(made.fields) == ["item"] and made.schema.items is None
     assert "item-side fields left out: in no file" in capsys.readouterr().out and made.counts["absent_fields"] == 2
-    lines = "".join(f"{u},{i},{t},{i // 3}\n" for u, i, t in events())
-    (tmp_path / "log.csv").write_text("user,item,time,artist_id\n" + lines)
-    made = make(tmp_path, MAPS, items="", name="from_log")
+    lines = "".join(f"{u},{i},{t},{i // 3},{i // 2}\n" for u, i, t in events())
+    (tmp_path / "log.csv").write_text("user,item,time,artist_id,album_id\n" + lines)
+    maps = {**MAPS, "optional_columns": ["artist_id"]}
+    made = make(tmp_path, maps, items="", name="from_log")
     assert list(made.fields) == ["item", "artist"] and made.counts["absent_fields"] == 1
     pq.write_table(pa.table({"item_id": np.arange(12), "artist_id": np.arange(12) + 50}), tmp_path / "a.parquet")
-    made = make(tmp_path, MAPS, items=str(tmp_path / "a.parquet"), name="from_file")
+    made = make(tmp_path, maps, items=str(tmp_path / "a.parquet"), name="from_file")
     assert set(pq.read_table(made.path / "vocab/artist.parquet")["raw"].to_pylist()) == set(range(50, 62))
 
 

@@ -30,7 +30,7 @@ from megarec_tools.make_shards.histories import BucketTask, build_bucket
 from megarec_tools.make_shards.item_files import ItemFiles, ItemTables, decide_item_layouts, find_item_files
 from megarec_tools.make_shards.log.files import LogFiles, find_files
 from megarec_tools.make_shards.log.layout import Layout, decide_layout, narrow_schema
-from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, estimate_rows, require_columns
+from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, estimate_events, require_columns
 from megarec_tools.make_shards.log.reading import list_columns_of, read_sample
 from megarec_tools.make_shards.partition import PartitionTask, partition_piece
 from megarec_tools.make_shards.processes import OrderedMap, workers
@@ -93,7 +93,8 @@ def _open_inputs(config: MakeShardsConfig) -> _Inputs:
     first = files.paths[0]
     if schema is None:
         present = columns_of(first, files.format, written=None)
-        schema = infer_schema(read_sample(files, present, written=None).to_dict(as_series=False), where=str(first))
+        sample = read_sample(files, present, written=None).drop("#row")
+        schema = infer_schema(sample.to_dict(as_series=False), where=str(first))
         say(schema_text(schema).rstrip())
         if not config.approve:
             fix = "Save it as a yaml file and name that, or add approve=true"
@@ -145,7 +146,8 @@ class _Maker:
         self.items.read(self.ordered_map)
         self.counts["item_rows"] = self.items.rejected.num_rows
         self.counts["item_rows_rejected"] = self.items.rejected.num_rejected
-        num_rows = estimate_rows(self.files, written=self.layout.schema)
+        schema = self.layout.schema
+        num_rows = estimate_events(self.files, written=schema, item=schema.item)
         bits = min(MAX_BUCKET_BITS, max(0, -(-num_rows // EVENTS_PER_BUCKET) - 1).bit_length())
         spills, rejected, unsigned = self._partition(num_rows, bucket_bits=bits)
         assembly = Assembly(
@@ -183,13 +185,15 @@ class _Maker:
 
     def _partition(self, num_rows: int, *, bucket_bits: int) -> tuple[list[Path], RejectedRows, frozenset[str]]:
         """The first pass: the spill files in the order of the log, the rejected rows, the fields of unsigned ids."""
+        schema = self.layout.schema
         rejected = RejectedRows(self.files.paths, self.config.max_rejects)
         spills: list[Path] = []
         pieces: list[Piece] = []
 
         def tasks() -> Iterator[PartitionTask]:
-            for piece in cut_pieces(self.files, written=self.layout.schema):
-                pieces.append(replace(piece, text=b""))
+            lists = schema.columns() if self.layout.exploded else ()
+            for piece in cut_pieces(self.files, written=schema, list_columns=lists, item=schema.item):
+                pieces.append(replace(piece, text=b"", batch=None))
                 spills.append(self.work / f"piece-{piece.number:06d}.arrow")
                 yield PartitionTask(
                     piece=piece, layout=self.layout, bucket_bits=bucket_bits, seed=self.config.seed, spill=spills[-1]
@@ -199,7 +203,12 @@ class _Maker:
         read_bytes = 0
         with bar(title="read", total=num_rows, unit=" rows") as progress:
             for number, result in enumerate(self.ordered_map(partition_piece, tasks())):
-                rejected.add(result.rejects, file=pieces[number].file, num_rows=result.num_rows)
+                rejected.add(
+                    result.rejects,
+                    file=pieces[number].file,
+                    num_rows=result.num_rows,
+                    num_file_rows=result.num_file_rows,
+                )
                 self.counts["rows_filtered"] += result.num_filtered
                 signs |= result.signs
                 read_bytes += pieces[number].read_bytes

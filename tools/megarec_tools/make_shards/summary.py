@@ -59,10 +59,17 @@ class RejectedRows:
         """Rows rejected so far."""
         return sum(self.by_reason.values())
 
-    def add(self, rejects: pl.DataFrame, *, file: int, num_rows: int) -> None:
-        """Adds the next piece of a file: its rejected rows and how many rows it has."""
+    def add(self, rejects: pl.DataFrame, *, file: int, num_rows: int, num_file_rows: int | None = None) -> None:
+        """Adds the next piece of a file.
+
+        Args:
+            rejects: what of it was rejected, by the row of the piece.
+            file: index of the file.
+            num_rows: how much was read.
+            num_file_rows: how many rows the piece has, if that is not the same.
+        """
         before = self._rows_of_file.get(file, 0)
-        self._rows_of_file[file] = before + num_rows
+        self._rows_of_file[file] = before + (num_rows if num_file_rows is None else num_file_rows)
         self.num_rows += num_rows
         if len(rejects):
             ordered = rejects.sort("row").with_columns(pl.col("row") + before)

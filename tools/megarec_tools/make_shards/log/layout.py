@@ -8,7 +8,7 @@ from megarec.base.errors import UserError
 from megarec.data.schema import FieldSchema, FileFormat, Schema
 from megarec.data.values import UNIT_LIMITS
 from megarec_tools.make_shards.log.files import LogFiles
-from megarec_tools.make_shards.log.reading import list_columns_of, read_sample
+from megarec_tools.make_shards.log.reading import explode_rows, list_columns_of, read_sample
 
 _INTEGER = r"^(0|-?[1-9][0-9]*)$"
 
@@ -22,12 +22,15 @@ class Layout:
         integers: the columns whose ids are integers; all other ids are text.
         time_unit: `s`, `ms`, `us` or `iso`.
         time_unit_found: whether the unit was found from the log instead of given.
+        exploded: whether a row is one user, with a list in the column of the item and in every column that is one
+            value per event.
     """
 
     schema: Schema
     integers: frozenset[str]
     time_unit: str
     time_unit_found: bool
+    exploded: bool
 
     @property
     def vocabulary_slots(self) -> dict[str, list[str]]:
@@ -73,19 +76,16 @@ def narrow_schema(schema: Schema, present: list[str], *, present_for_items: set[
     Args:
         schema: all that could be read.
         present: the columns of the log; only optional ones may be missing.
-        present_for_items: the columns of the item files; empty without such files, and what they would tell is then
-            read from the log as far as that has it.
+        present_for_items: the columns of the item files; empty without such files.
     """
     items = schema.items if present_for_items else None
-    from_items = items.fields if items else ()
-    optional = set(schema.optional_columns)
-    if schema.items and not items:
-        optional |= {schema.fields[name].column for name in schema.items.fields}
-    lacking = optional - set(present)
+    from_items = schema.items.fields if schema.items else ()
+    lacking = set(schema.optional_columns) - set(present)
+    of_items = present_for_items or set(schema.optional_columns) - lacking
     fields = {
         name: field
         for name, field in schema.fields.items()
-        if (field.column in present_for_items if name in from_items else field.column not in lacking)
+        if (field.column in of_items if name in from_items else field.column not in lacking)
     }
     return replace(
         schema,
@@ -102,6 +102,13 @@ def decide_layout(sample: pl.DataFrame, schema: Schema) -> Layout:
     Raises:
         UserError: a column has a type that cannot be what the schema says.
     """
+    exploded = isinstance(sample[schema.item].dtype, pl.List)
+    if exploded:
+        if schema.timestamp and not isinstance(sample[schema.timestamp].dtype, pl.List):
+            raise UserError(f"the column '{schema.item}' holds lists and '{schema.timestamp}' does not")
+        if isinstance(sample[schema.user].dtype, pl.List):
+            raise UserError(f"the column '{schema.user}' holds lists, and a row of lists is one user")
+        sample, _ = explode_rows(sample)
     for column in (schema.user, schema.item, *([schema.timestamp] if schema.timestamp else [])):
         if sample[column].dtype.is_nested():
             raise UserError(f"the column '{column}' is a {sample[column].dtype}, not one value")
@@ -119,6 +126,7 @@ def decide_layout(sample: pl.DataFrame, schema: Schema) -> Layout:
         integers=integers,
         time_unit=unit,
         time_unit_found=schema.timestamp_unit == "auto",
+        exploded=exploded,
     )
 
 

@@ -6,11 +6,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import zstandard
 from pyarrow import ArrowException, parquet
 
@@ -22,6 +23,7 @@ PIECE_ROWS = 1 << 20
 PIECE_BYTES = 16 << 20
 MAX_ROW_BYTES = 64 << 20
 SAMPLE_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _ZSTD_WINDOW = 1 << 27
 
@@ -48,8 +50,10 @@ class Piece:
         file: index of the file in the log.
         path: of the file.
         format: of the file.
-        row_groups: Parquet: the row groups to read.
+        row_groups: Parquet: the row groups to read,
+        batch: or what was read, of a log whose rows hold lists.
         text: otherwise: whole lines, without the header.
+        first_line: sequences: the number of the first line in the log, from 1.
         names: csv and tsv: the names of all columns.
         style: csv and tsv.
         read_bytes: how much of the log's bytes was read to make this piece.
@@ -60,7 +64,9 @@ class Piece:
     path: Path
     format: LogFormat
     row_groups: tuple[int, ...] = ()
+    batch: pa.RecordBatch | None = None
     text: bytes = b""
+    first_line: int = 1
     names: tuple[str, ...] = ()
     style: TextStyle | None = None
     read_bytes: int = 0
@@ -71,6 +77,9 @@ def text_style(written: FileFormat | None, file_format: LogFormat) -> TextStyle:
     delimiter = (written.delimiter if written else None) or ("\t" if file_format == "tsv" else ",")
     quoted = written.quoted if written and written.quoted is not None else file_format == "csv" and len(delimiter) == 1
     return TextStyle(delimiter=delimiter, quoted=quoted)
+
+
+SEQUENCE_COLUMNS = ["line", "items"]
 
 
 def columns_of(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> list[str]:
@@ -86,38 +95,56 @@ def columns_of(path: Path, file_format: LogFormat, *, written: FileFormat | None
         if not keys:
             raise UserError("none of its first lines is a JSON object", where=str(path), fix="Check input")
         return keys
+    if file_format == "sequences":
+        return SEQUENCE_COLUMNS
     if written is not None and written.column_names:
         return list(written.column_names)
     line = _first_lines(path, written=written).split(b"\n", 1)[0]
     return _header(line, path=path, style=text_style(written, file_format))
 
 
-def cut_pieces(files: LogFiles, *, written: FileFormat) -> Iterator[Piece]:
+def cut_pieces(
+    files: LogFiles, *, written: FileFormat, list_columns: Sequence[str] = (), item: str = ""
+) -> Iterator[Piece]:
     """All pieces of a log, in order.
+
+    Args:
+        files: the log.
+        written: how it is written.
+        list_columns: of a Parquet log whose rows hold lists: the columns to read. Its row groups may hold far more
+            than a piece should, so that they are read here, some rows at a time.
+        item: the column of these whose lists are counted.
 
     Raises:
         UserError: a file is damaged or is not what its suffix says.
     """
-    number = 0
+    number, first_line = 0, 1
     for index, path in enumerate(files.paths):
-        parts = _row_groups(path) if files.format == "parquet" else _text_pieces(path, files.format, written=written)
         names: tuple[str, ...] = ()
         style = None
         if files.format in ("csv", "tsv"):
             names, style = tuple(columns_of(path, files.format, written=written)), text_style(written, files.format)
-        for row_groups, text, read_bytes in parts:
+        parts: Iterator[dict[str, Any]]
+        if files.format != "parquet":
+            parts = _text_pieces(path, files.format, written=written)
+        elif list_columns:
+            parts = _row_batches(path, list_columns, item=item)
+        else:
+            parts = _row_groups(path)
+        for part in parts:
             yield Piece(
                 number=number,
                 file=index,
                 path=path,
                 format=files.format,
-                row_groups=row_groups,
-                text=text,
                 names=names,
                 style=style,
-                read_bytes=read_bytes,
+                first_line=first_line,
+                **part,
             )
             number += 1
+            if files.format == "sequences":
+                first_line += part["text"].count(b"\n") + (not part["text"].endswith(b"\n"))
 
 
 def first_text_piece(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> Piece:
@@ -125,7 +152,7 @@ def first_text_piece(path: Path, file_format: LogFormat, *, written: FileFormat 
     text = _first_lines(path, written=written)
     text = text[: text.rfind(b"\n") + 1] or text
     names: tuple[str, ...] = ()
-    if file_format != "jsonl":
+    if file_format in ("csv", "tsv"):
         names = tuple(columns_of(path, file_format, written=written))
         if written is None or not written.column_names:
             text = text.partition(b"\n")[2]
@@ -133,19 +160,26 @@ def first_text_piece(path: Path, file_format: LogFormat, *, written: FileFormat 
     return Piece(number=0, file=0, path=path, format=file_format, text=text, names=names, style=style)
 
 
-def estimate_rows(files: LogFiles, *, written: FileFormat) -> int:
-    """The rows of a log: exact for Parquet, for text from the length of the first rows."""
+def estimate_events(files: LogFiles, *, written: FileFormat, item: str) -> int:
+    """The events of a log: exact for Parquet, for text from the length of the first rows.
+
+    Args:
+        files: the log.
+        written: how it is written.
+        item: the column of the item, which may hold one value or a list of them.
+    """
     if files.format == "parquet":
-        return sum(int(open_parquet(path).metadata.num_rows) for path in files.paths)
+        return sum(_num_values(open_parquet(path).metadata, item) for path in files.paths)
     sample = first_text_piece(files.paths[0], files.format, written=written).text
     expansion = 1 if files.paths[0].suffix.lower() not in COMPRESSIONS else 4
-    return files.num_bytes * expansion * (sample.count(b"\n") + 1) // (len(sample) + 1)
+    num_events = len(sample.split()) if files.format == "sequences" else sample.count(b"\n") + 1
+    return files.num_bytes * expansion * num_events // (len(sample) + 1)
 
 
 def open_parquet(path: Path) -> parquet.ParquetFile:
     """An opened Parquet file; a damaged one is a `UserError`."""
     try:
-        return parquet.ParquetFile(path, memory_map=False)
+        return parquet.ParquetFile(path, memory_map=False, buffer_size=READ_BYTES)
     except (ArrowException, OSError) as error:
         raise damaged_parquet(path, error) from None
 
@@ -156,7 +190,28 @@ def damaged_parquet(path: Path, error: Exception) -> UserError:
     return UserError(f"damaged or truncated Parquet file ({first_line})", where=str(path), fix="Copy it again")
 
 
-def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+def _num_values(metadata: Any, column: str, *, row_groups: Iterable[int] | None = None) -> int:
+    """How many values a column of a Parquet file has, those of its lists counted one by one."""
+    groups = [metadata.row_group(g) for g in (range(metadata.num_row_groups) if row_groups is None else row_groups)]
+    names = [metadata.schema.column(at).path.split(".")[0] for at in range(metadata.num_columns)]
+    return sum(int(group.column(names.index(column)).num_values) for group in groups)
+
+
+def _row_batches(path: Path, columns: Sequence[str], *, item: str) -> Iterator[dict[str, Any]]:
+    file = open_parquet(path)
+    for index in range(file.metadata.num_row_groups):
+        num_rows = int(file.metadata.row_group(index).num_rows)
+        num_values = _num_values(file.metadata, item, row_groups=[index])
+        size = max(1, PIECE_ROWS * num_rows // max(1, num_values))
+        batches = file.iter_batches(size, row_groups=[index], columns=list(columns), use_threads=False)
+        try:
+            for batch in batches:
+                yield {"batch": batch}
+        except (ArrowException, OSError) as error:
+            raise damaged_parquet(path, error) from None
+
+
+def _row_groups(path: Path) -> Iterator[dict[str, Any]]:
     metadata = open_parquet(path).metadata
     group: list[int] = []
     num_rows = 0
@@ -164,15 +219,13 @@ def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
         group.append(index)
         num_rows += metadata.row_group(index).num_rows
         if num_rows >= PIECE_ROWS or index == metadata.num_row_groups - 1:
-            yield tuple(group), b"", 0
+            yield {"row_groups": tuple(group)}
             group, num_rows = [], 0
 
 
-def _text_pieces(
-    path: Path, file_format: LogFormat, *, written: FileFormat
-) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+def _text_pieces(path: Path, file_format: LogFormat, *, written: FileFormat) -> Iterator[dict[str, Any]]:
     quoted = file_format == "csv" and text_style(written, file_format).quoted
-    skip_header = file_format != "jsonl" and not written.column_names
+    skip_header = file_format in ("csv", "tsv") and not written.column_names
     rest, read_so_far = bytearray(), 0
     for data, position in _text_of(path, written=written):
         rest += data
@@ -188,11 +241,11 @@ def _text_pieces(
             if len(rest) > MAX_ROW_BYTES:
                 raise UserError(f"a row is longer than {MAX_ROW_BYTES >> 20} MB", where=str(path))
             continue
-        yield (), bytes(rest[:end]), position - read_so_far
+        yield {"text": bytes(rest[:end]), "read_bytes": position - read_so_far}
         del rest[:end]
         read_so_far = position
     if rest and not skip_header:
-        yield (), bytes(rest), path.stat().st_size - read_so_far
+        yield {"text": bytes(rest), "read_bytes": path.stat().st_size - read_so_far}
 
 
 def _last_row_end(text: bytearray, *, quoted: bool) -> int:
