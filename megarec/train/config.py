@@ -24,7 +24,7 @@ class ObjectiveConfig:
             uniform draws anew for every target, as the public HSTU tables do.
         num_uniform_negatives: uniform draws from the catalog, per pack or per target.
         correction: the logQ correction: `none`, `standard` or `negatives_only`.
-        chunk_rows: targets whose logits exist at one time (sampled softmax).
+        chunk_rows: targets whose logits exist at one time (sampled softmax with shared negatives).
         chunk_items: items whose logits exist at one time (full softmax).
     """
 

@@ -9,6 +9,7 @@ import yaml
 from megarec.base.config import flatten, plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_file
+from megarec.base.memory import keep_freed_memory
 from megarec.checkpoint.load import Checkpoint
 from megarec.checkpoint.manifest import read_pointer
 from megarec.checkpoint.save import CheckpointWriter
@@ -59,6 +60,8 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     groups = start(config.layout, process)
+    if groups.device.type == "cpu":
+        keep_freed_memory()
     try:
         writer = CheckpointWriter(
             run_dir / "checkpoints",
