@@ -31,16 +31,19 @@ def normal_torch(key: int, counters: Tensor) -> Tensor:
     return radius * torch.cos(angle_bits.to(torch.float64) * (2.0 * math.pi * 2.0**-53))
 
 
-def keep_mask_torch(key: int, token: Tensor, num_channels: int, drop_probability: float) -> Tensor:
+def keep_mask_torch(
+    key: int, token: Tensor, num_channels: int, drop_probability: float, *, first_channels: int | None = None
+) -> Tensor:
     """The dropout mask `[T, num_channels]` (bool) of tokens with global numbers `token` `[T]`.
 
-    One hash serves four channels with 16 bits each, so the drop probability is a multiple of 2^-16.
+    One hash serves four channels with 16 bits each, so the drop probability is a multiple of 2^-16. With
+    `first_channels` only so many columns of the same mask are made.
     """
-    num_words = (num_channels + 3) // 4
-    words = torch.arange(num_words, device=token.device)
-    bits = hash_torch(key, token.to(torch.int64).unsqueeze(1) * num_words + words)
+    num_made = num_channels if first_channels is None else first_channels
+    words = torch.arange((num_made + 3) // 4, device=token.device)
+    bits = hash_torch(key, token.to(torch.int64).unsqueeze(1) * ((num_channels + 3) // 4) + words)
     lanes = bits.unsqueeze(2).expand(-1, -1, 4) >> torch.tensor([0, 16, 32, 48], device=token.device)
-    draws = (lanes & 0xFFFF).reshape(token.shape[0], num_words * 4)[:, :num_channels]
+    draws = (lanes & 0xFFFF).reshape(token.shape[0], len(words) * 4)[:, :num_made]
     return draws >= round(drop_probability * 65536)
 
 

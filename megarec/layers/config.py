@@ -28,6 +28,24 @@ class TransformerBlockConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SasrecBlockConfig:
+    """A SASRec block.
+
+    Attributes:
+        num_heads: attention heads; each has `width / num_heads` channels.
+        feed_forward_width: the hidden width of the feed-forward.
+        activation: of the feed-forward.
+    """
+
+    num_heads: int = 1
+    feed_forward_width: int = 64
+    activation: Literal["relu", "gelu"] = "relu"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_heads", "feed_forward_width")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HstuBlockConfig:
     """An HSTU block; the defaults are the research variant of the public tables.
 

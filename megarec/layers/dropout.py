@@ -1,7 +1,9 @@
 """Dropout whose mask is a function of what it falls on, not of a generator's state."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from megarec.base.random import derive_key
@@ -43,3 +45,35 @@ class Dropout(nn.Module):
         key = derive_key(randomness.key, "dropout", self.layer, self.site)
         keep = keep_mask_torch(key, randomness.token, x.shape[1], self.probability)
         return x * keep / (1.0 - self.probability)
+
+
+class AttentionDropout(nn.Module):
+    """Sets attention probabilities to zero with the given probability and divides the others by what is left.
+
+    The mask depends on (key, layer, head, token number of the query, place of the key in its history) alone.
+    """
+
+    def __init__(self, probability: float, *, layer: int, num_heads: int, max_tokens: int) -> None:
+        super().__init__()
+        self.probability = round(probability * GRAIN) / GRAIN
+        self.layer = layer
+        self.num_heads = num_heads
+        self.max_tokens = max_tokens
+
+    def forward(self, randomness: Randomness | None) -> Callable[[Tensor, int], Tensor] | None:
+        """What `softmax_attention` takes as `weigh`; None when nothing is dropped."""
+        if randomness is None or self.probability == 0.0:
+            return None
+        numbers, keys = randomness.token, [self._key(randomness, head) for head in range(self.num_heads)]
+
+        def weigh(query: Tensor, num_keys: int) -> Tensor:
+            token = numbers[query]
+            masks = [
+                keep_mask_torch(key, token, self.max_tokens, self.probability, first_channels=num_keys) for key in keys
+            ]
+            return torch.stack(masks, dim=1) / (1.0 - self.probability)
+
+        return weigh
+
+    def _key(self, randomness: Randomness, head: int) -> int:
+        return derive_key(randomness.key, "dropout", self.layer, "probabilities", head)

@@ -2,5 +2,6 @@
 
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.hstu.config import HstuConfig
+from megarec.models.sasrec.config import SasrecConfig
 
-ModelConfig = ArgusConfig | HstuConfig
+ModelConfig = ArgusConfig | HstuConfig | SasrecConfig

@@ -11,6 +11,9 @@ from megarec.models.flops import ends_flops
 from megarec.models.hstu.flops import block_flops as hstu_block_flops
 from megarec.models.hstu.parallelize import build as build_hstu
 from megarec.models.model import RecModel
+from megarec.models.sasrec.config import SasrecConfig
+from megarec.models.sasrec.flops import block_flops as sasrec_block_flops
+from megarec.models.sasrec.parallelize import build as build_sasrec
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
 from megarec.parallel.placement import name_parameters
@@ -20,6 +23,8 @@ def build_model(config: ModelConfig, shape: InputShape, parts: Parts) -> RecMode
     """The model that `config` describes, its parameters named and placed; `placement.initialize` fills them."""
     if isinstance(config, ArgusConfig):
         model: RecModel = build_argus(config, shape, parts)
+    elif isinstance(config, SasrecConfig):
+        model = build_sasrec(config, shape, parts)
     else:
         model = build_hstu(config, shape, parts)
     name_parameters(model)
@@ -47,6 +52,8 @@ def train_flops(
     lengths = np.diff(cu_seqlens) * config.tokens_per_event
     if isinstance(config, ArgusConfig):
         block = argus_block_flops(config, lengths)
+    elif isinstance(config, SasrecConfig):
+        block = sasrec_block_flops(config, lengths)
     else:
         block = hstu_block_flops(config, lengths)
     ends = ends_flops(

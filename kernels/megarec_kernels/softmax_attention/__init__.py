@@ -1,5 +1,7 @@
 """Causal softmax attention over histories laid end to end."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from megarec_kernels.softmax_attention.cpu import JaggedSoftmaxAttention
@@ -8,13 +10,21 @@ from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, plan: TilePlan | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    plan: TilePlan | None = None,
+    weigh: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """Each token attends to itself and to the earlier tokens of its own history.
 
     `out_i = sum_{j <= i} softmax_j(scale q_i . k_j) v_j`, per head. Tokens from `cu_seqlens[-1]` on are dead: output
     and gradients are 0 whatever they hold. Memory is linear in T; bf16 inputs are summed in fp32. The same inputs
-    give the same bits.
+    give the same bits. With `weigh`, dropout on the probabilities, all of them are kept for the backward: memory then
+    grows with the squares of the lengths, in the dtype of `q`.
 
     Args:
         q: `[T, N, H]` float64, float32 or bfloat16.
@@ -23,6 +33,8 @@ def softmax_attention(
         cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0, ends at or before T.
         scale: the factor of `q . k`, usually `H ** -0.5`.
         plan: `plan_tiles(cu_seqlens)`, made once and shared by all layers of a step.
+        weigh: the factors `[R, N, keys]` of the probabilities that the tokens `[R]` give to the first `keys` tokens of
+            their histories; None for 1.
 
     Returns:
         `[T, N, H]` in the dtype of `q`.
@@ -34,6 +46,6 @@ def softmax_attention(
     check_jagged_attention(q, k, v, plan)
     if v.shape != q.shape:
         raise ValueError(f"v must have the shape of q, {list(q.shape)}, got {list(v.shape)}")
-    if q.device.type != "cpu":
-        return attend_tiles(q, k, v, scale=scale, plan=plan)
+    if q.device.type != "cpu" or weigh is not None:
+        return attend_tiles(q, k, v, scale=scale, plan=plan, weigh=weigh)
     return JaggedSoftmaxAttention.apply(q, k, v, scale, plan)

@@ -1,4 +1,6 @@
-"""Causal softmax attention over jagged histories by torch's public function: on every device that is no CPU."""
+"""Causal softmax attention over jagged histories by torch's public functions, tile by tile; autograd goes through."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,16 @@ from torch import Tensor
 from megarec_kernels.tiles import TilePlan
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, *, scale: float, plan: TilePlan) -> Tensor:
-    """As `softmax_attention`, `scaled_dot_product_attention` tile by tile; autograd goes through it.
+def attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    plan: TilePlan,
+    weigh: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """As `softmax_attention`: `scaled_dot_product_attention`, or with `weigh` all probabilities of a tile at once.
 
     A padding row comes after every real row of its history, so no real row attends to it and it gets no gradient.
     """
@@ -20,7 +30,18 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, *, scale: float, plan: TilePla
             values.index_select(0, tile.token).view(tile.num_users, tile.length, heads, width).transpose(1, 2)
             for values in (q, k, v)
         )
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        if weigh is None:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        else:
+            factor = weigh(tile.token, tile.length).view(tile.num_users, tile.length, heads, tile.length)
+            out = (_probabilities(query * scale, key) * factor.transpose(1, 2)) @ value
         pieces.append(out.transpose(1, 2).reshape(-1, heads, width).index_select(0, tile.real))
         tokens.append(tile.token[tile.real])
     return torch.zeros_like(v).index_copy(0, torch.cat(tokens), torch.cat(pieces))
+
+
+def _probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """Causal probabilities `[users, heads, rows, rows]`."""
+    scores = query @ key.transpose(2, 3)
+    future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=3)

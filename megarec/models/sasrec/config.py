@@ -1,0 +1,29 @@
+"""The settings of SASRec. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megarec.base.errors import UserError
+from megarec.layers.config import SasrecBlockConfig
+from megarec.models.config import SequenceConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SasrecConfig(SequenceConfig):
+    """SASRec: softmax attention over events, the baseline of the public HSTU tables.
+
+    Attributes:
+        name: tells the models apart.
+        block: the settings of every block.
+    """
+
+    name: Literal["sasrec"] = "sasrec"
+    block: SasrecBlockConfig = field(default_factory=SasrecBlockConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.block.num_heads:
+            raise UserError(
+                f"width {self.width} is not a multiple of num_heads {self.block.num_heads}",
+                where="block.num_heads",
+            )
