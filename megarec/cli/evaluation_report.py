@@ -19,7 +19,7 @@ def print_tables(results: Sequence[Result]) -> None:
     ranked = [result for result in results if result.ranking]
     if ranked:
         counts, metrics = ranked[0].counts, ranked[0].protocol.metrics
-        say(f"{counts['users']:,} users, {counts['targets']:,} targets; {describe_protocol(ranked[0])}")
+        say(f"{counts['ranked_users']:,} users, {counts['ranked_targets']:,} targets; {describe_protocol(ranked[0])}")
         rows = [[r.name, *(_ranking_cell(r, name) for name in metrics)] for r in ranked]
         say(align([["", *metrics], *rows]))
         say("± is one standard error over users")

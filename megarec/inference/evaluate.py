@@ -26,6 +26,7 @@ from megarec.metrics.ranking import measure_lists, measure_ranks
 MAX_SCORES = 1 << 24  # scores that exist at one time: users of a batch times items
 MAX_USERS_AT_ONCE = 256
 ALL_EVENTS = 1 << 62
+TRUE = 2  # the id of a flag that is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Result:
         name: the predictor.
         protocol: the rules.
         split: the rule that made targets, and its numbers.
-        counts: users and targets that were measured, and those that could not be.
+        counts: users and targets that were measured, those that could not be, and of the ranking `ranked_users` and
+            their `ranked_targets`, distinct ones.
         ranking: means over users, such as `ndcg@10` and `mrr`, with their standard errors; empty when no items were
             scored.
         coverage: share of the candidates that was recommended to anybody, such as `coverage@10`.
@@ -190,7 +192,7 @@ def tally(
                 if prediction.scores is not None:
                     hidden = _filtered(batch, protocol, users)
                     _hide(prediction.scores, *hidden, candidates=candidates)
-                    _add_ranks(seen, prediction.scores, targets, longest=max(protocol.cutoffs, default=1))
+                    _add_ranks(seen, prediction.scores, targets, protocol)
                 _add_feedback(seen, prediction, histories, targets)
             progress.update(len(users))
             if max_users and seen.counts.get("users", 0) >= max_users:
@@ -256,16 +258,24 @@ def _hide(scores: Tensor, user: Int64, item: Int64, *, candidates: Int64) -> Non
         scores[:, torch.from_numpy(others).to(scores.device)] = -torch.inf
 
 
-def _add_ranks(seen: Tally, scores: Tensor, targets: Targets, *, longest: int) -> None:
-    """Adds the `longest` top items of each user and the rank of the target that stands first."""
-    device, num_ids = scores.device, scores.shape[1]
-    pair = np.unique(targets.user_of_target() * num_ids + targets.fields["item"])
-    user, item = pair // num_ids, pair % num_ids
-    own = scores[torch.from_numpy(user).to(device), torch.from_numpy(item).to(device)].double().cpu().numpy()
-    num_distinct = np.bincount(user, minlength=len(scores))
+def _add_ranks(seen: Tally, scores: Tensor, targets: Targets, protocol: Protocol) -> None:
+    """Adds the top items of each user and the rank of the target that stands first."""
+    device, num_ids, longest = scores.device, scores.shape[1], max(protocol.cutoffs, default=1)
+    flag = protocol.target_flag
+    wanted = np.flatnonzero(targets.fields[flag] == TRUE) if flag else np.arange(len(targets.timestamp))
+    item = targets.fields["item"][wanted].astype(np.int64)
+    # unknown items may all be different ones, so each is a target of its own
+    item = np.where(item == 0, num_ids + wanted, item)
+    pair = np.unique(targets.user_of_target()[wanted] * (num_ids + len(targets.timestamp)) + item)
+    user, item = np.divmod(pair, num_ids + len(targets.timestamp))
+    users, user, num_distinct = np.unique(user, return_inverse=True, return_counts=True)
+    if len(users) < len(scores):
+        scores = scores[torch.from_numpy(users).to(device)]
+    known = np.where(item < num_ids, item, 0)
+    own = scores[torch.from_numpy(user).to(device), torch.from_numpy(known).to(device)].double().cpu().numpy()
     # sorted by user, then by place in the list: the pairs are in the order of the ids already
     first = np.lexsort((-own, user))[num_distinct.cumsum() - num_distinct]
-    rank = rank_targets(scores, torch.from_numpy(item[first]).to(device)).cpu().numpy()
+    rank = rank_targets(scores, torch.from_numpy(known[first]).to(device)).cpu().numpy()
     top = np.full((len(scores), longest), -1)
     ids = top_items(scores, longest)[0].cpu().numpy()
     top[:, : ids.shape[1]] = np.where(ids == 0, -1, ids)
@@ -273,8 +283,10 @@ def _add_ranks(seen: Tally, scores: Tensor, targets: Targets, *, longest: int) -
     seen.best_rank.append(np.where(rank == UNRANKED, np.inf, rank))
     seen.num_distinct.append(num_distinct)
     seen.target.append(item)
-    seen.add_count("unknown_targets", int((item == 0).sum()))
-    seen.add_count("impossible_targets", int((np.isneginf(own) & (item > 0)).sum()))
+    seen.add_count("ranked_users", len(users))
+    seen.add_count("ranked_targets", len(item))
+    seen.add_count("unknown_targets", int((known == 0).sum()))
+    seen.add_count("impossible_targets", int((np.isneginf(own) & (known > 0)).sum()))
 
 
 def _add_feedback(seen: Tally, prediction: Prediction, histories: Histories, targets: Targets) -> None:

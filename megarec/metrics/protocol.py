@@ -19,7 +19,8 @@ class Protocol:
     """The rules of one evaluation. Rows under different protocols cannot be compared.
 
     Every candidate is ranked, and equal scores are ordered by the lower item id. A target that is unknown to the
-    dataset's vocabulary, no candidate, or filtered away can never be found and counts as a miss.
+    dataset's vocabulary, no candidate, or filtered away can never be found and counts as a miss; of unknown ones, each
+    event counts as another item.
 
     Attributes:
         name: the ready set of fields this one started from; `docs/protocols.md` tells of each.
@@ -27,6 +28,7 @@ class Protocol:
         metrics: what is measured, printed and logged: `hr@k`, `ndcg@k`, `recall@k`, `coverage@k`, `mrr`.
         max_history_events: how many of the newest events the history keeps; None: as many as the model was trained
             with, and all for a baseline that stands alone.
+        target_flag: the flag field that must be true of a target, else it is not ranked; None: every target is.
         filter_seen: items that cannot be recommended: `none`, those inside the kept history (`window`), or those of the
             user's whole history (`full`).
         catalog: the candidates: `all` items the dataset knows, those of an item file that nobody touched included, or
@@ -48,6 +50,7 @@ class Protocol:
     split: Literal["eval", "valid"] = "eval"
     metrics: tuple[str, ...] = ("ndcg@10", "hr@10", "ndcg@100", "recall@100", "mrr", "coverage@10")
     max_history_events: int | None = None
+    target_flag: str | None = None
     filter_seen: Literal["none", "window", "full"] = "none"
     catalog: Literal["all", "trained"] = "all"
     query_time: Literal["dataset", "last_event"] = "dataset"
@@ -95,7 +98,7 @@ class Protocol:
         """Refuses a dataset that cannot serve this protocol.
 
         Raises:
-            UserError: the dataset is split in another way, or does not have the split that is asked for.
+            UserError: the dataset is split in another way, or does not have the split or the flag that is asked for.
         """
         found = {
             "split_rule": dataset.split.get("rule"),
@@ -111,9 +114,15 @@ class Protocol:
                     where=str(dataset.path),
                     fix=f"Make the shards anew, or set protocol.{name}=null, which the result will say",
                 )
-        if self.split == "valid" and not found["validation_users"]:
+        if not any(shard.split == self.split for shard in dataset.shards):
+            fix = "Make the shards anew, with split.validation_users or split.validation for a valid split"
+            raise UserError(f"the dataset has no {self.split} split", where=str(dataset.path), fix=fix)
+        info = dataset.fields.get(self.target_flag or "item")
+        if info is None or (self.target_flag and (info.kind != "flag" or info.role != "feedback")):
             raise UserError(
-                "the dataset has no valid split", where=str(dataset.path), fix="Make it with split.validation_users=..."
+                f"the dataset has no feedback flag '{self.target_flag}'",
+                where=str(dataset.path),
+                fix="Set protocol.target_flag=null if every event of the log is a target, which the result will say",
             )
 
 
@@ -146,6 +155,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "yambda": Protocol(
         name="yambda",
         metrics=("ndcg@10", "ndcg@100", "recall@10", "recall@100", "coverage@10", "coverage@100"),
+        target_flag="listened",
         catalog="trained",
         query_context="last_event",
         split_rule="global_time",

@@ -69,13 +69,20 @@ def make_events(rng: np.random.Generator, num_events: int) -> dict[str, np.ndarr
     }
 
 
-def write_world(path: Path, *, num_users: int = 24, num_targets: int = 1, seed: int = 0) -> Dataset:
-    """Every user's last `num_targets` events are targets; the user 0 has none, the user 1 no history."""
+def write_world(
+    path: Path, *, num_users: int = 24, num_targets: int = 1, seed: int = 0, unknown_targets: bool = False
+) -> Dataset:
+    """Every user's last `num_targets` events are targets; the user 0 has none, the user 1 no history.
+
+    With `unknown_targets`, the items of the last two targets of every third user are unknown.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 20, num_users)
     lengths[1] = 0
     histories = [make_events(rng, n) for n in lengths]
     targets = [make_events(rng, 0 if user == 0 else num_targets) for user in range(num_users)]
+    for target in targets[2::3] if unknown_targets else ():
+        target["item"][-2:] = 0
     for history, target in zip(histories, targets, strict=True):
         target["timestamp"] = target["timestamp"] + 10**6
         history["timestamp"] = history["timestamp"].astype(np.int64)

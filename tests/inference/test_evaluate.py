@@ -24,7 +24,7 @@ from tests.inference.synthetic import CONFIGS, MAX_EVENTS, NUM_ITEMS, make_model
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return write_world(tmp_path_factory.mktemp("world") / "data", num_targets=4)
+    return write_world(tmp_path_factory.mktemp("world") / "data", num_targets=4, unknown_targets=True)
 
 
 @dataclass
@@ -47,6 +47,7 @@ class User:
     number: int
     history: list[int]
     targets: list[int]
+    listened: list[bool]
 
 
 def read_users(world: Dataset) -> list[User]:
@@ -57,7 +58,8 @@ def read_users(world: Dataset) -> list[User]:
         for i, user in enumerate(block.user.tolist()):
             history = block.columns["item"][block.offsets[i] : block.offsets[i + 1]].tolist()
             targets = block.target_columns["item"][block.target_offsets[i] : block.target_offsets[i + 1]].tolist()
-            users.append(User(user, history, targets))
+            listened = block.target_columns["listened"][block.target_offsets[i] : block.target_offsets[i + 1]] == 2
+            users.append(User(user, history, targets, listened.tolist()))
     return [u for u in users if u.history and u.targets]
 
 
@@ -65,51 +67,64 @@ def slow_metrics(users: list[User], protocol: Protocol, candidates: list[int]) -
     sums: dict[str, float] = {}
     shown: dict[int, set[int]] = {k: set() for k in protocol.cutoffs}
     for user in users:
+        asked = [i for i, flag in zip(user.targets, user.listened, strict=True) if flag or not protocol.target_flag]
         scores = Tied().scores_of(user.number)
         window = user.history[-(protocol.max_history_events or 0) :]
         hidden = {"none": set(), "window": set(window), "full": set(user.history)}[protocol.filter_seen]
         order = sorted((i for i in candidates if i not in hidden), key=lambda i: (-scores[i], i))
-        wanted = set(user.targets)
-        ranks = sorted(order.index(i) + 1 for i in wanted if i in order)
+        ranks = sorted(order.index(i) + 1 for i in set(asked) if i in order)
+        num_wanted = len(set(asked) - {0}) + asked.count(0)
+        if not num_wanted:
+            continue
+        sums["users"] = sums.get("users", 0) + 1
         deepest = (protocol.mrr_depth or math.inf) + 1
         sums["mrr"] = sums.get("mrr", 0.0) + 1 / min([*ranks, deepest])
         for k in protocol.cutoffs:
             hits = [r for r in ranks if r <= k]
-            ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(wanted)) + 1))
+            ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, num_wanted) + 1))
             for name, value in (
                 ("hr", float(bool(hits))),
-                ("recall", len(hits) / min(k, len(wanted))),
+                ("recall", len(hits) / min(k, num_wanted)),
                 ("ndcg", sum(1 / math.log2(r + 1) for r in hits) / ideal),
             ):
                 sums[f"{name}@{k}"] = sums.get(f"{name}@{k}", 0.0) + value
             shown[k] |= set(order[:k])
-    metrics = {name: total / len(users) for name, total in sums.items()}
+    num_users = sums.pop("users")
+    metrics = {name: total / num_users for name, total in sums.items()}
     return metrics | {f"coverage@{k}": len(items) / len(candidates) for k, items in shown.items()}
 
 
 @pytest.mark.parametrize("filter_seen", ["none", "window", "full"])
-@pytest.mark.parametrize(("window", "mrr_depth", "catalog"), [(3, None, "all"), (512, 4, "all"), (9, None, "trained")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_history_events": 3},
+        {"max_history_events": 512, "mrr_depth": 4},
+        {"max_history_events": 9, "catalog": "trained", "target_flag": "listened"},
+    ],
+)
 def test_ranking_equals_the_slow_twin(
-    world: Dataset, filter_seen: Any, window: int, mrr_depth: int | None, catalog: Any, monkeypatch: pytest.MonkeyPatch
+    world: Dataset, filter_seen: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = np.arange(NUM_ITEMS + 1) % 3  # every third item has no train event
     monkeypatch.setattr(Dataset, "item_counts", lambda dataset: counts)
     metrics = ("hr@1", "ndcg@5", "recall@10", "coverage@20", "hr@200", "mrr")  # 200 is more than the catalog holds
-    protocol = Protocol(
-        filter_seen=filter_seen, max_history_events=window, metrics=metrics, mrr_depth=mrr_depth, catalog=catalog
-    )
+    protocol = Protocol(filter_seen=filter_seen, metrics=metrics, **fields)
     users = read_users(world)
     result = evaluate(Tied(), world, protocol)
-    candidates = [i for i in range(1, NUM_ITEMS + 1) if catalog == "all" or counts[i]]
+    trained_only = protocol.catalog == "trained"
+    candidates = [i for i in range(1, NUM_ITEMS + 1) if counts[i] or not trained_only]
     numbers = {name: value for name, value in result.flat().items() if "/" not in name}
     assert numbers == pytest.approx(slow_metrics(users, protocol, candidates), abs=1e-12)
     assert [*result.reported()] == [*metrics, "listened/auc"]
     assert result.counts["users"] == len(users)
     assert result.counts["users_without_history"] == 1
     assert result.counts["users_without_target"] == 1
-    assert (result.counts["impossible_targets"] > 0) == (filter_seen != "none" or catalog == "trained")
+    assert (result.counts["impossible_targets"] > 0) == (filter_seen != "none" or trained_only)
+    assert result.counts["unknown_targets"] > 0
     estimate = result.ranking["hr@5"]
-    assert estimate.standard_error == pytest.approx(math.sqrt(estimate.value * (1 - estimate.value) / (len(users) - 1)))
+    variance = estimate.value * (1 - estimate.value) / (result.counts["ranked_users"] - 1)
+    assert estimate.standard_error == pytest.approx(math.sqrt(variance))
 
 
 def test_batches_and_readers_change_nothing(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
