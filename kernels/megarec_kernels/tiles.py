@@ -17,8 +17,7 @@ from torch import Tensor
 
 ROWS_PER_BLOCK = 128
 MAX_PAIRS = 1 << 17
-SMALL_PAIRS = 1 << 14
-MAX_PADDING = 1.25
+MAX_WASTED_PAIRS = 1 << 15  # what another tile costs, in pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,8 @@ class TilePlan:
 def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     """Groups the histories of a pack into tiles, longest first.
 
-    A history joins a tile while the padded pairs stay within 1.25 times the real ones (or the tile is so small that
-    starting another would cost more) and one block of rows keeps to `MAX_PAIRS` scores per head.
+    A history joins a tile while the tile's padding wastes no more pairs than another tile costs, and one block of rows
+    keeps to `MAX_PAIRS` scores per head.
 
     Args:
         cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0.
@@ -112,7 +111,7 @@ def _group(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
     for user in order:
         pairs = (len(users) + 1) * length**2
         grown = real_pairs + lengths[user] ** 2
-        wasteful = pairs > MAX_PADDING * grown and pairs > SMALL_PAIRS
+        wasteful = pairs - grown > MAX_WASTED_PAIRS
         large = (len(users) + 1) * length * min(length, ROWS_PER_BLOCK) > MAX_PAIRS
         if users and (wasteful or large):
             yield users

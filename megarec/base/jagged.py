@@ -22,3 +22,14 @@ def segment_positions(lengths: npt.NDArray[np.integer]) -> Int64:
 def gather_indices(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> Int64:
     """Indices that copy the slices `[start, start + length)` end to end: `[sum(lengths)]`."""
     return segment_positions(lengths) + np.repeat(starts.astype(np.int64), lengths)
+
+
+def stable_order(values: npt.NDArray[np.integer], bound: int) -> Int64:
+    """The stable order of `values`, each from 0 to `bound - 1`: 16 bits at a time, so in linear time."""
+    order: Int64 | None = None
+    for shift in range(0, max(1, (bound - 1).bit_length()), 16):
+        digit = ((values if order is None else values[order]) >> shift).astype(np.uint16)  # the cast cuts off the rest
+        pass_order = np.argsort(digit, kind="stable")  # a radix sort for 16 bits
+        order = pass_order if order is None else order[pass_order]
+    assert order is not None
+    return order

@@ -18,6 +18,11 @@ def hash_torch(key: int, counters: Tensor) -> Tensor:
     return x
 
 
+def uniform_torch(key: int, counters: Tensor) -> Tensor:
+    """Uniform in [0, 1) with 53 bits per counter, `float64`, as `uniform_numpy`."""
+    return _shift_right(hash_torch(key, counters), 11).to(torch.float64) * 2.0**-53
+
+
 def normal_torch(key: int, counters: Tensor) -> Tensor:
     """Standard normal `float64` per counter (Box-Muller; two hashes per value)."""
     radius_bits = _shift_right(hash_torch(key, counters * 2), 11)

@@ -4,7 +4,7 @@ This and its siblings in `megarec.cli` are the only places that know hydra; noth
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
 from textwrap import wrap
@@ -26,8 +26,17 @@ HELP_WIDTH = 100
 MISSING_VALUE = "???"  # as hydra marks a key that must be given
 
 
+Ready = Mapping[str, Mapping[str, Any]]  # by key: ready values of it, dataclasses, by name
+
+
 def run(
-    name: str, kind: type[C], work: Callable[[C], None], *, about: str | None, presets: str | None = None
+    name: str,
+    kind: type[C],
+    work: Callable[[C], None],
+    *,
+    about: str | None,
+    presets: str | None = None,
+    ready: Ready | None = None,
 ) -> NoReturn:
     """Runs one command: reads its settings, does its work and ends the process with its exit code.
 
@@ -37,11 +46,16 @@ def run(
         work: what it does; imports torch and other heavy modules itself, so that `--help` answers at once.
         about: what it does, for `--help`.
         presets: see `read_command_line`.
+        ready: see `read_command_line`.
     """
-    run_command(lambda: work(build(kind, read_command_line(name, kind, about=about or "", presets=presets))))
+    run_command(
+        lambda: work(build(kind, read_command_line(name, kind, about=about or "", presets=presets, ready=ready)))
+    )
 
 
-def read_command_line(name: str, kind: type, *, about: str, presets: str | None = None) -> dict[str, Any]:
+def read_command_line(
+    name: str, kind: type, *, about: str, presets: str | None = None, ready: Ready | None = None
+) -> dict[str, Any]:
     """The settings of one command: the defaults of `kind`, a preset file, then `key=value` from the command line.
 
     Prints help or the composed settings and ends the process when asked to (`--help`, `--show-config`).
@@ -51,26 +65,29 @@ def read_command_line(name: str, kind: type, *, about: str, presets: str | None 
         kind: the dataclass of its settings; its field defaults are the defaults.
         about: what the command does, for `--help`.
         presets: the yaml file in `megarec.conf` that sits on top of the defaults, without its suffix.
+        ready: groups of settings that can be set as a whole by a name, `protocol=hstu_public`; the default's name is
+            that of the group in `kind`.
 
     Raises:
         UserError: an unknown key (names the nearest), a `+key`, an unknown preset, a broken override.
     """
     asked = {a for a in sys.argv[1:] if a in ("-h", "--help", "--show-config")}
     overrides = [a for a in sys.argv[1:] if a not in asked]
-    ready = _ready(presets)
+    names = {**_preset_names(presets), **{key: list(values) for key, values in (ready or {}).items()}}
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is not of the form key=value", where=name, fix=f"See {name} --help")
         if override.startswith(("+", "~")):
             raise UserError(f"'{override}' adds or removes a key", where=name, fix="Only existing keys can be set")
         key, _, value = override.partition("=")
-        if key in ready and value not in ready[key]:  # hydra passes over an optional group that is not there
-            raise UserError(f"'{value}' is not there", where=key, fix=nearest(value, ready[key]))
-    settings = _compose(kind, presets, overrides)
+        if key in names and value not in names[key]:  # hydra passes over an optional group that is not there
+            raise UserError(f"'{value}' is not there", where=key, fix=nearest(value, names[key]))
+    _register(kind, ready or {})
+    settings = _compose(presets, overrides)
     if asked:
         shown = yaml.safe_dump(settings, sort_keys=False).rstrip()
         texts = describe(kind, settings)
-        say(shown if asked == {"--show-config"} else _help(name, about, settings, ready=ready, texts=texts))
+        say(shown if asked == {"--show-config"} else _help(name, about, settings, names=names, texts=texts))
         sys.exit(0)
     missing = sorted(key for key, value in flatten(settings).items() if value == MISSING_VALUE)
     if missing:
@@ -94,9 +111,17 @@ def defaults_of(kind: type) -> dict[str, Any]:
     return values
 
 
-def _compose(kind: type, presets: str | None, overrides: list[str]) -> dict[str, Any]:
-    store = ConfigStore.instance()
-    store.store(name="defaults", node=defaults_of(kind))
+def _register(kind: type, ready: Ready) -> None:
+    """Gives hydra the defaults of `kind`, in which each group of `ready` starts as the one it is named after."""
+    store, defaults = ConfigStore.instance(), defaults_of(kind)
+    for key, values in ready.items():
+        for name, value in values.items():
+            store.store(group=key, name=name, node=plain(value))
+    chosen = [{key: defaults.pop(key)["name"]} for key in ready]
+    store.store(name="defaults", node={"defaults": ["_self_", *chosen], **defaults})
+
+
+def _compose(presets: str | None, overrides: list[str]) -> dict[str, Any]:
     # without presets the groups of megarec.conf must stay out of sight: `model=` is then a key like any other
     folder = (
         initialize_config_module(config_module="megarec.conf", version_base="1.3")
@@ -130,7 +155,7 @@ def _explain(error: Exception, presets: str | None, overrides: list[str]) -> Use
     return UserError(first_line, where="command line")
 
 
-def _ready(presets: str | None) -> dict[str, list[str]]:
+def _preset_names(presets: str | None) -> dict[str, list[str]]:
     """The names of the settings files in `megarec.conf` by what they are for: `model: [argus_mini, ...]`."""
     entries = resources.files("megarec.conf").iterdir() if presets else ()
     folders = sorted((e for e in entries if e.is_dir() and not e.name.startswith("_")), key=lambda e: e.name)
@@ -140,12 +165,12 @@ def _ready(presets: str | None) -> dict[str, list[str]]:
 
 
 def _help(
-    name: str, about: str, settings: dict[str, Any], *, ready: dict[str, list[str]], texts: dict[str, str]
+    name: str, about: str, settings: dict[str, Any], *, names: dict[str, list[str]], texts: dict[str, str]
 ) -> str:
     lines = [f"{name} key=value ...", "", about.strip(), ""]
-    if ready:
+    if names:
         lines += ["Ready settings; --help beside one shows its keys:", ""]
-        lines += [f"  {group}={'|'.join(names)}" for group, names in ready.items()] + [""]
+        lines += [f"  {group}={'|'.join(members)}" for group, members in names.items()] + [""]
     lines += ["Keys, their defaults (??? must be given) and what they mean:", ""]
     for key, value in flatten(settings).items():
         lines.append(f"  {key}={'' if value is None else value}")

@@ -1,23 +1,26 @@
-"""Measures a checkpoint or a bundle on the eval split of a dataset, beside the baselines it must beat.
+"""Measures checkpoints or bundles on one split of a dataset, beside the baselines they must beat.
 
-megarec-evaluate model=outputs/run data=my_data output=outputs/run baselines=true oracle=my_log/oracle.parquet
+megarec-evaluate model=outputs/run protocol=hstu_public protocol.filter_seen=full output=outputs/run
+megarec-evaluate model=[outputs/seed0,outputs/seed1] data=my_data oracle=my_log/oracle.parquet
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megarec.base.config import plain
 from megarec.base.errors import UserError
 from megarec.base.files import read_records
 from megarec.cli.command import run
 from megarec.inference.baselines.config import BaselineConfig
-from megarec.inference.protocol import Protocol
+from megarec.metrics.protocol import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megarec.data.dataset import Dataset, FieldInfo
+    from megarec.inference.histories import Predictor
     from megarec.inference.model import LocalModel
     from megarec.models.choice import ModelConfig
 
@@ -27,36 +30,41 @@ class EvaluateConfig:
     """What to measure.
 
     Attributes:
-        model: a run directory, a checkpoint or a bundle; None: baselines alone.
-        data: the dataset directory; None: the one the run was trained on.
+        model: a run directory, a checkpoint or a bundle, or a list of them, a row for each; None: baselines alone.
+        data: the dataset directory; None: the one the runs were trained on.
         baselines: measure MostPop, DecayPop, Markov, ItemKNN and feedback rates too.
         oracle: the `oracle.parquet` of a synthetic log.
         output: a directory for evaluation.json and evaluation.png; None: the printed table only.
         max_users: at most so many users; 0 for all.
-        metrics: the columns of the printed table.
         device: where the model runs: cpu or cuda.
-        protocol: the rules.
+        protocol: the rules: a ready set by its name, and single fields that differ from it.
         baseline: settings of the baselines.
     """
 
-    model: str | None = None
+    model: str | list[str] | None = None
     data: str | None = None
     baselines: bool = True
     oracle: str | None = None
     output: str | None = None
     max_users: int = 0
-    metrics: tuple[str, ...] = ("ndcg@10", "hr@10", "ndcg@100", "recall@100", "mrr", "coverage@10")
     device: Literal["cpu", "cuda"] = "cpu"
     protocol: Protocol = field(default_factory=Protocol)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
-        if self.model is None and not self.baselines and self.oracle is None:
+        if not self.models and not self.baselines and self.oracle is None:
             raise UserError("nothing to measure", fix="Give model=, baselines=true or oracle=")
-        if self.model is None and self.data is None:
+        if not self.models and self.data is None:
             raise UserError("without a model the dataset must be named", fix="Give data=...")
+        if len({Path(model).resolve() for model in self.models}) < len(self.models):
+            raise UserError("a model is named twice", where="model")
         if self.max_users < 0:
             raise UserError("must not be negative", where="max_users")
+
+    @property
+    def models(self) -> list[str]:
+        """The models to measure."""
+        return [self.model] if isinstance(self.model, str) else list(self.model or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,7 @@ class Trained:
         model: its settings.
         dense, tables: its weights, dense by global name and tables by field.
         step: training steps behind them.
+        seed: of the training, where known.
         max_history_events: newest events it was trained to read.
         is_checkpoint: whether it comes from training, and not from a bundle.
         data: the dataset it was trained on, where known.
@@ -79,53 +88,78 @@ class Trained:
     step: int
     max_history_events: int
     is_checkpoint: bool
+    seed: int | None = None
     data: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def local_model(
-        self, fields: "Mapping[str, FieldInfo]", item_side: Mapping[str, Any], *, device: str = "cpu"
+        self, fields: "Mapping[str, FieldInfo]", item_side: Mapping[str, Any], *, name: str = "", device: str = "cpu"
     ) -> "LocalModel":
-        """The model itself, on a dataset with `fields`."""
+        """The model itself, on a dataset with `fields`; its row in a table is called `name`."""
         from megarec.inference.model import LocalModel, Weights
         from megarec.models.shape import input_shape
 
         weights = Weights(dense=self.dense, tables=self.tables)
         shape = input_shape(fields, self.model)
-        return LocalModel(self.model, shape, weights, item_side=item_side, name=self.model.name, device=device)
+        return LocalModel(self.model, shape, weights, item_side=item_side, name=name or self.model.name, device=device)
 
 
 def main() -> None:
     """Runs `megarec-evaluate`."""
-    run("megarec-evaluate", EvaluateConfig, measure, about=__doc__)
+    run("megarec-evaluate", EvaluateConfig, measure, about=__doc__, ready={"protocol": PROTOCOLS})
 
 
 def measure(config: EvaluateConfig) -> None:
-    """Measures everything asked for, prints the table and writes the files."""
+    """Measures everything asked for, prints the table and writes the files.
+
+    Raises:
+        UserError: a model cannot be read, the models belong to different datasets or read histories of different
+            lengths, or the dataset cannot serve the protocol.
+    """
     from megarec.cli.evaluation_report import print_tables, write_results
-    from megarec.data.dataset import open_dataset
     from megarec.inference.baselines.oracle import read_oracle
     from megarec.inference.baselines.suite import fit_baselines
-    from megarec.inference.evaluate import evaluate
+    from megarec.inference.evaluate import Result, evaluate
 
-    trained = open_trained(Path(config.model)) if config.model else None
-    dataset = dataset_of(trained, config.data) if trained else open_dataset(config.data or "")
-    protocol = config.protocol
-    if trained and protocol.max_history_events is None:
-        protocol = replace(protocol, max_history_events=trained.max_history_events)
-    results = []
-    if trained:
-        model = trained.local_model(dataset.fields, dataset.item_side(), device=config.device)
-        results.append(evaluate(model, dataset, protocol, max_users=config.max_users))
-    if config.baselines:
-        for baseline in fit_baselines(dataset, config.baseline):
-            results.append(evaluate(baseline, dataset, protocol, max_users=config.max_users))
+    opened = {name: open_trained(Path(path)) for name, path in named(config.models).items()}
+    dataset = dataset_of(opened.values(), config.data)
+    protocol = _common_protocol(opened, config.protocol)
+    protocol.check(dataset)
+    rows: list[tuple[Result, dict[str, Any]]] = []
+
+    def add(predictor: "Predictor", **facts: Any) -> None:
+        result = evaluate(predictor, dataset, protocol, max_users=config.max_users)
+        rows.append((result, facts))
+
+    item_side = dataset.item_side()
+    for (name, trained), path in zip(opened.items(), config.models, strict=True):
+        model = trained.local_model(dataset.fields, item_side, name=name, device=config.device)
+        add(model, run=path, step=trained.step, seed=trained.seed)
+    for baseline in fit_baselines(dataset, config.baseline) if config.baselines else ():
+        add(baseline)
     if config.oracle:
-        oracle = read_oracle(Path(config.oracle), dataset)
-        results.append(evaluate(oracle, dataset, protocol, max_users=config.max_users))
-    print_tables(results, metrics=config.metrics)
+        add(read_oracle(Path(config.oracle), dataset))
+    print_tables([result for result, _ in rows])
     if config.output:
-        facts = {"model": config.model, "step": trained.step if trained else None, "data": str(dataset.path)}
-        write_results(Path(config.output), results, facts=facts)
+        facts = {"data": str(dataset.path), "baseline": plain(config.baseline)}
+        write_results(Path(config.output), rows, facts=facts)
+
+
+def named(paths: Sequence[str]) -> dict[str, str]:
+    """Paths by what their rows are called: the directory's name, or the path as given where two have one name."""
+    last = [Path(path).resolve().name for path in paths]
+    return {name if last.count(name) == 1 else path: path for name, path in zip(last, paths, strict=True)}
+
+
+def _common_protocol(opened: Mapping[str, Trained], protocol: Protocol) -> Protocol:
+    """`protocol` with the window of the models where it leaves it to them."""
+    windows = sorted({trained.max_history_events for trained in opened.values()})
+    if protocol.max_history_events is not None or not windows:
+        return protocol
+    if len(windows) > 1:
+        what = f"the models read {' and '.join(map(str, windows))} events of a history, and one table has one protocol"
+        raise UserError(what, where="model", fix="Give protocol.max_history_events=...")
+    return replace(protocol, max_history_events=windows[0])
 
 
 def open_trained(path: Path) -> Trained:
@@ -160,23 +194,26 @@ def open_trained(path: Path) -> Trained:
         step=checkpoint.step,
         max_history_events=config.stream.max_history_events,
         is_checkpoint=True,
+        seed=config.seed,
         data=config.data,
         evaluation=_last_evaluation(path, checkpoint.step),
     )
 
 
-def dataset_of(trained: Trained, data: str | None) -> "Dataset":
-    """The dataset at `data`, or the one that `trained` was trained on.
+def dataset_of(models: Collection[Trained], data: str | None) -> "Dataset":
+    """The dataset at `data`, or the one that all `models` were trained on.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or more than one.
     """
     from megarec.data.dataset import open_dataset
 
-    chosen = data or trained.data
-    if chosen is None:
+    datasets = {data} if data else {trained.data for trained in models}
+    if None in datasets:
         raise UserError("a bundle does not say which dataset to use", fix="Give data=...")
-    return open_dataset(chosen)
+    if len(datasets) > 1:
+        raise UserError(f"the models were trained on {len(datasets)} datasets", where="model", fix="Give data=...")
+    return open_dataset(datasets.pop() or "")
 
 
 def _last_evaluation(path: Path, step: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from megarec.base.config import plain
-from megarec.base.errors import UserError, nearest
 from megarec.base.files import new_file, write_json
 from megarec.base.progress import say
 from megarec.inference.evaluate import Result
@@ -15,24 +14,14 @@ FORMAT = "megarec-evaluation-1"
 FEEDBACK_COLUMNS = ("auc", "gauc", "normalized_entropy", "calibration", "calibration_error")
 
 
-def print_tables(results: Sequence[Result], *, metrics: Sequence[str]) -> None:
-    """Prints ranking metrics with their standard errors, then the feedback fields.
-
-    Raises:
-        UserError: a metric is unknown.
-    """
+def print_tables(results: Sequence[Result]) -> None:
+    """Prints the protocol and its metrics with their standard errors, then the feedback fields."""
     ranked = [result for result in results if result.ranking]
-    known = list(dict.fromkeys(name for result in ranked for name in (*result.ranking, *result.coverage)))
-    for name in metrics if ranked else ():
-        kind, _, cutoff = name.partition("@")
-        if name not in known and not (cutoff.isdigit() and any(k.startswith(f"{kind}@") for k in known)):
-            raise UserError(f"no metric '{name}'", where="metrics", fix=nearest(name, known))
-    shown = [name for name in metrics if name in known]  # a small catalog has no large cut-offs
     if ranked:
-        counts = ranked[0].counts
+        counts, metrics = ranked[0].counts, ranked[0].protocol.metrics
         say(f"{counts['users']:,} users, {counts['targets']:,} targets; {describe_protocol(ranked[0])}")
-        rows = [[r.name, *(_ranking_cell(r, name) for name in shown)] for r in ranked]
-        say(align([["", *shown], *rows]))
+        rows = [[r.name, *(_ranking_cell(r, name) for name in metrics)] for r in ranked]
+        say(align([["", *metrics], *rows]))
         say("± is one standard error over users")
     for field in dict.fromkeys(name for result in results for name in result.feedback):
         _print_feedback(results, field)
@@ -42,15 +31,24 @@ def describe_protocol(result: Result) -> str:
     """The rules behind a result, in one line."""
     p = result.protocol
     window = "whole history" if p.max_history_events is None else f"newest {p.max_history_events} events"
-    return f"{result.split.get('rule', 'split')}, {window}, filter_seen={p.filter_seen}, query time: {p.query_time}"
+    rules = f"{result.split.get('rule', 'split')}, {window}, filter_seen={p.filter_seen}, catalog={p.catalog}"
+    return f"protocol {p.label}: {rules}, query time: {p.query_time}"
 
 
-def write_results(directory: Path, results: Sequence[Result], *, facts: dict[str, Any]) -> None:
-    """Writes `evaluation.json` (and `evaluation.png`) into `directory`, which may hold other files already."""
+def write_results(directory: Path, rows: Sequence[tuple[Result, dict[str, Any]]], *, facts: dict[str, Any]) -> None:
+    """Writes `evaluation.json` (and `evaluation.png`) into `directory`, which may hold other files already.
+
+    Args:
+        directory: where to.
+        rows: the results, each with facts of its own, such as the run it is of.
+        facts: of all rows.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    rows = [{**plain(result), "flat": result.flat()} for result in results]
-    write_json(directory / "evaluation.json", _without_nan({"format": FORMAT, **facts, "rows": rows}))
-    ranked = [result for result in results if result.ranking]
+    protocol = rows[0][0].protocol
+    facts = {**facts, "protocol": plain(protocol), "changed": protocol.changed}
+    written = [{**plain(result), "flat": result.flat(), **own} for result, own in rows]
+    write_json(directory / "evaluation.json", _without_nan({"format": FORMAT, **facts, "rows": written}))
+    ranked = [result for result, _ in rows if result.ranking]
     if ranked:
         draw_bars(directory / "evaluation.png", ranked, metric=_headline(ranked[0]))
 
@@ -84,7 +82,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _headline(result: Result) -> str:
-    return "ndcg@10" if "ndcg@10" in result.ranking else next(n for n in result.ranking if n.startswith("ndcg"))
+    return "ndcg@10" if "ndcg@10" in result.ranking else next(iter(result.ranking))
 
 
 def _ranking_cell(result: Result, name: str) -> str:

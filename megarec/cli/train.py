@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megarec.base.errors import UserError
 from megarec.cli.command import run
+from megarec.metrics.protocol import PROTOCOLS
 from megarec.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs `megarec-train`."""
-    run("megarec-train", TrainConfig, _work, about=__doc__, presets="train")
+    run("megarec-train", TrainConfig, _work, about=__doc__, presets="train", ready={"protocol": PROTOCOLS})
 
 
 def _work(config: TrainConfig) -> None:
-    from megarec.cli.periodic_evaluation import EvalSplit
+    from megarec.cli.periodic_evaluation import PeriodicEvaluation
     from megarec.train.run import train
 
     if config.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    train(config, read_process_info(), EvalSplit())
+    train(config, read_process_info(), PeriodicEvaluation())
 
 
 def read_process_info() -> "ProcessInfo":

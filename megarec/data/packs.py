@@ -72,7 +72,7 @@ class Windows:
     """n windows onto the rows of `columns`; a window with k targets covers k + 1 rows.
 
     Attributes:
-        reference: (block, user within the block, window of that user counted from the newest), `[n, 3]`.
+        reference: (epoch, block, user within the block, window of that user counted from the newest), `[n, 4]`.
         user: user index, `[n]`.
         start: first row, `[n]`.
         num_targets: at least 1, `[n]`.
@@ -110,8 +110,14 @@ def concatenate_windows(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def cut_windows(block: Block, *, number: int, rule: PackRule) -> tuple[Windows, dict[str, int]]:
+def cut_windows(block: Block, *, epoch: int, number: int, rule: PackRule) -> tuple[Windows, dict[str, int]]:
     """The windows of block `number`, by user and then from the newest, and what was counted on the way.
+
+    Args:
+        block: as `epoch` reads it.
+        epoch: part of the windows' references, as `number` is.
+        number: of the block.
+        rule: how long windows are.
 
     Returns:
         The windows, and the numbers of `histories`, `short_histories` (fewer than two events: nothing to predict),
@@ -128,7 +134,7 @@ def cut_windows(block: Block, *, number: int, rule: PackRule) -> tuple[Windows, 
     end = num_targets[owner] - window * rule.stride
     begin = np.maximum(end - rule.max_targets, 0)
     windows = Windows(
-        reference=np.stack([np.full_like(owner, number), owner, window], axis=1),
+        reference=np.stack([np.full_like(owner, epoch), np.full_like(owner, number), owner, window], axis=1),
         user=block.user[owner],
         start=block.offsets[owner] + begin,
         num_targets=end - begin,

@@ -67,7 +67,49 @@ class FieldSchema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schema:
+class FileFormat:
+    """How files are written.
+
+    Attributes:
+        file_format: of files whose suffix does not say it; `sequences` is one user a line, its items apart by blanks,
+            with the columns `line` (the number of the line) and `items`.
+        delimiter: between the values of a line; by default a comma in `csv`, a tab in `tsv`.
+        quoted: whether a value may stand in double quotes; by default in `csv` only.
+        column_names: of files without a header line.
+        encoding: of text files.
+    """
+
+    file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl", "sequences"] = "auto"
+    delimiter: str | None = None
+    quoted: bool | None = None
+    column_names: tuple[str, ...] = ()
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+
+    def __post_init__(self) -> None:
+        if self.delimiter is not None and (not self.delimiter or not self.delimiter.isascii()):
+            raise UserError("the delimiter is not one or more ASCII characters")
+        if self.delimiter is not None and len(self.delimiter) > 1 and self.quoted:
+            raise UserError("quoted values need a delimiter of one character")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemFiles(FileFormat):
+    """How to read the files that describe items, one item a row, beside the log.
+
+    Attributes:
+        item: the column of the item's id.
+        fields: the item-side fields that are read from these files and not from the log; each from the files that have
+            its column.
+        extends_catalog: whether an item that only these files have belongs to the catalog.
+    """
+
+    item: str
+    fields: tuple[str, ...]
+    extends_catalog: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema(FileFormat):
     """How to read a log.
 
     Attributes:
@@ -80,10 +122,9 @@ class Schema:
         keep: rows to read: those whose column holds one of the values. Others are counted, not rejected.
         optional_columns: columns of `fields` and `keep` that a log may lack; it then has no such field or filter.
         text_columns: columns of ids that are text even where they look like integers.
-        file_format: of files whose suffix does not say it.
-        delimiter: between the values of a line; by default a comma in `csv`, a tab in `tsv`.
-        quoted: whether a value may stand in double quotes; by default in `csv` only.
-        column_names: of files without a header line.
+        items: how to read item files. Without such files its fields are absent, but for those with an optional column
+            that the log has.
+        aliases: other names of a ready schema.
     """
 
     name: str
@@ -95,21 +136,19 @@ class Schema:
     keep: dict[str, list[Any]] = field(default_factory=dict)
     optional_columns: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
-    file_format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
-    delimiter: str | None = None
-    quoted: bool | None = None
-    column_names: tuple[str, ...] = ()
+    items: ItemFiles | None = None
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.fields:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
                 raise UserError(f"'{name}' is no field name", fix="Use letters, digits and underscores")
             if name in RESERVED_NAMES:
                 raise UserError(f"the field name '{name}' is taken", fix="Choose another")
-        if self.delimiter is not None and (not self.delimiter or not self.delimiter.isascii()):
-            raise UserError("the delimiter is not one or more ASCII characters")
-        if self.delimiter is not None and len(self.delimiter) > 1 and self.quoted:
-            raise UserError("quoted values need a delimiter of one character")
+        for name in self.items.fields if self.items else ():
+            if name not in self.fields or self.fields[name].role != "item_side":
+                raise UserError(f"items.fields names '{name}', which is no item-side field")
         for column in self.optional_columns:
             if column in (self.user, self.item, self.timestamp):
                 raise UserError(f"the column '{column}' cannot be optional")
@@ -117,33 +156,43 @@ class Schema:
             if not values or not all(isinstance(v, str | int | float | bool) for v in values):
                 raise UserError(f"keep.{column} is not a list of values")
 
+    def log_fields(self) -> dict[str, FieldSchema]:
+        """The fields that are read from the log."""
+        elsewhere = self.items.fields if self.items else ()
+        return {name: field for name, field in self.fields.items() if name not in elsewhere}
+
     def columns(self) -> list[str]:
-        """Every column that is read, each once."""
-        wanted = [self.user, self.item, self.timestamp, *(f.column for f in self.fields.values()), *self.keep]
+        """Every column of the log that is read, each once."""
+        wanted = [self.user, self.item, self.timestamp, *(f.column for f in self.log_fields().values()), *self.keep]
         return list(dict.fromkeys(c for c in wanted if c is not None))
 
 
-def ready_schemas() -> list[str]:
-    """The names of the schemas that ship with megarec."""
+def ready_schemas() -> dict[str, str]:
+    """The yaml text of the schemas that ship with megarec, by their names and aliases."""
     folder = resources.files("megarec.data") / "schemas"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    texts = [entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    named: dict[str, str] = {}
+    for text in texts:
+        schema = yaml.safe_load(text)
+        named |= dict.fromkeys([schema["name"], *schema.get("aliases", ())], text)
+    return dict(sorted(named.items()))
 
 
 def load_schema(path_or_name: str | Path) -> Schema:
     """A ready schema by its name, or the schema in a yaml file.
 
     Raises:
-        UserError: neither exists (names the nearest ready schema), or the file does not hold a valid schema.
+        UserError: neither exists (names the nearest ready schema and all others), or the file holds no valid schema.
     """
-    text = str(path_or_name)
-    if text in ready_schemas():
-        content = (resources.files("megarec.data") / "schemas" / f"{text}.yaml").read_text(encoding="utf-8")
-        return parse_schema(content, where=text)
+    text, ready = str(path_or_name), ready_schemas()
+    if text in ready:
+        return parse_schema(ready[text], where=text)
     path = Path(text)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UserError("no such schema file", where=text)
-        raise UserError(f"unknown schema '{text}'", fix=nearest(text, [*ready_schemas(), "infer"]))
+        fix = f"{nearest(text, [*ready, 'infer'])} Ready schemas: {', '.join(ready)}"
+        raise UserError(f"unknown schema '{text}'", fix=fix)
     if path.stat().st_size > MAX_SCHEMA_BYTES:
         raise UserError(f"a schema is at most {MAX_SCHEMA_BYTES} bytes", where=text)
     return parse_schema(path.read_text(encoding="utf-8", errors="replace"), where=text)
@@ -172,10 +221,12 @@ def schema_text(schema: Schema) -> str:
     mapping = _changed(schema)
     if schema.fields:
         mapping["fields"] = {name: _changed(f) for name, f in schema.fields.items()}
+    if schema.items:
+        mapping["items"] = _changed(schema.items)
     return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 
-def _changed(config: Schema | FieldSchema) -> dict[str, Any]:
+def _changed(config: FileFormat | FieldSchema) -> dict[str, Any]:
     """The settings that are not as by default."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     return {name: value for name, value in plain(config).items() if getattr(config, name) != defaults[name]}

@@ -21,9 +21,10 @@ from megarec.data.dataset import Dataset
 from megarec.data.packs import Pack, PackRule, Windows, concatenate_windows, cut_windows, make_pack
 from megarec.data.pools import Pool, fill_pool
 from megarec.data.reader import BlockReader
+from megarec.data.stochastic_length import Sampler, StochasticLength
 
-FORMAT = "megarec-stream-1"  # a change of what a lane serves changes it: old positions are then refused
-COUNTS = ("histories", "short_histories", "events", "dropped_events", "windows")
+FORMAT = "megarec-stream-2"  # a change of what a lane serves changes it: old positions are then refused
+COUNTS = ("histories", "short_histories", "events", "sampled_out_events", "dropped_events", "windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,11 @@ class StreamConfig:
         max_history_events: the most events of a window.
         window: `newest`: of a longer history the newest events, the others are dropped and counted; `stride:N`: all of
             it, in windows whose ends are N targets apart.
-        seed: of the shuffles.
+        stochastic_length_alpha: above 1, at most 2: an epoch reads most histories of more than
+            `max_history_events ** (alpha / 2)` events as so many of them, drawn anew (`StochasticLength`); what stays
+            is read as if there were no other events, so a target is the next event that stays. 0: off.
+        stochastic_length_sampler: how events are drawn: later ones more often, or all alike.
+        seed: of the shuffles and draws.
         prefetch_steps: steps made ahead; changes no pack.
     """
 
@@ -54,11 +59,14 @@ class StreamConfig:
     pool_blocks: int = 8
     max_history_events: int = 512
     window: str = "newest"
+    stochastic_length_alpha: float = 0.0
+    stochastic_length_sampler: Sampler = "recency"
     seed: int = 0
     prefetch_steps: int = 2
 
     def __post_init__(self) -> None:
-        at_least = {"max_history_events": 1 + self.keep_last_event, "seed": 0, "prefetch_steps": 0}
+        may_be_zero = dict.fromkeys(("seed", "prefetch_steps", "stochastic_length_alpha"), 0)
+        at_least = {"max_history_events": 1 + self.keep_last_event, **may_be_zero}
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < at_least.get(name, 1) and not isinstance(value, bool):
                 raise UserError(f"{name} is {value}", fix=f"Set it to {at_least.get(name, 1)} or more")
@@ -69,6 +77,7 @@ class StreamConfig:
         if self.window != "newest" and not 1 <= self._stride <= max_targets:
             what = f"window is '{self.window}'"
             raise UserError(what, fix=f"Set it to 'newest' or to 'stride:N' with N from 1 to {max_targets}")
+        self._check_stochastic_length()
 
     @property
     def events_per_pack(self) -> int:
@@ -84,6 +93,27 @@ class StreamConfig:
             stride=self._stride,
             keep_last_event=self.keep_last_event,
         )
+
+    @property
+    def stochastic_length(self) -> StochasticLength | None:
+        """How an epoch shortens histories; None: it does not."""
+        if not self.stochastic_length_alpha:
+            return None
+        return StochasticLength(
+            max_history_events=self.max_history_events,
+            alpha=self.stochastic_length_alpha,
+            sampler=self.stochastic_length_sampler,
+            seed=self.seed,
+        )
+
+    def _check_stochastic_length(self) -> None:
+        rule = self.stochastic_length
+        if rule is not None and not 1.0 < rule.alpha <= 2.0:
+            what = f"stochastic_length_alpha is {rule.alpha:g}"
+            raise UserError(what, fix="Set it above 1 and at most to 2, or to 0 for whole histories")
+        if rule is not None and rule.short_length < 2:
+            what = f"stochastic length leaves {rule.short_length} of {self.max_history_events} events: no target"
+            raise UserError(what, fix="Raise max_history_events")
 
     @property
     def _stride(self) -> int:
@@ -127,7 +157,8 @@ class TrainStream:
     def counts(self) -> dict[str, int]:
         """What these lanes read since the start of training, up to the end of the pools being served.
 
-        `histories`, `short_histories` (fewer than two events, left out), `events`, `dropped_events` and `windows`.
+        `histories`, `short_histories` (fewer than two events, left out), `events`, `sampled_out_events` (left out by
+        stochastic length), `dropped_events` (older than the windows) and `windows`.
         """
         return {name: sum(lane.counts[name] for lane in self._lanes) for name in COUNTS}
 
@@ -174,6 +205,7 @@ class _Lane:
         self._reader = reader
         self._config = config
         self._rule = config.pack_rule
+        self._stochastic_length = config.stochastic_length
         self._thread = thread
         self._seek(_Place(), pack=0, num_served=0)
 
@@ -216,7 +248,7 @@ class _Lane:
         pools = self._pools(place.epoch)
         parts, counts = [], dict(place.counts)
         for number in pools[place.pool].tolist():
-            windows, counted = cut_windows(self._reader.read(number), number=number, rule=self._rule)
+            windows, counted = self._cut_block(number, place.epoch)
             parts.append(windows)
             counts = {name: counts[name] + counted[name] for name in COUNTS}
         if carried is None and place.carried:
@@ -241,10 +273,19 @@ class _Lane:
         mine = order[self.number :: config.lanes]
         return np.split(mine, range(config.pool_blocks, len(mine), config.pool_blocks))
 
+    def _cut_block(self, number: int, epoch: int) -> tuple[Windows, dict[str, int]]:
+        """The windows of a block in an epoch, and its `COUNTS`."""
+        whole = self._reader.read(number)
+        block = whole if self._stochastic_length is None else self._stochastic_length.shorten(whole, epoch=epoch)
+        windows, counts = cut_windows(block, epoch=epoch, number=number, rule=self._rule)
+        counts["sampled_out_events"] = int(whole.offsets[-1]) - counts["events"]
+        counts["events"] = int(whole.offsets[-1])
+        return windows, counts
+
     def _read_windows(self, references: list[list[int]]) -> Windows:
         """The windows referred to, in that order, from the blocks they lie in."""
-        numbers = sorted({block for block, _, _ in references})
-        parts = [cut_windows(self._reader.read(n), number=n, rule=self._rule)[0] for n in numbers]
+        blocks = sorted({(epoch, number) for epoch, number, _, _ in references})
+        parts = [self._cut_block(number, epoch)[0] for epoch, number in blocks]
         windows = concatenate_windows(parts)
         index = {tuple(reference): at for at, reference in enumerate(windows.reference.tolist())}
         return windows.take(np.array([index[tuple(reference)] for reference in references]))

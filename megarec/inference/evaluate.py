@@ -18,9 +18,9 @@ from megarec.data.dataset import Dataset
 from megarec.data.evaluation import EvaluationBatch, evaluation_batches
 from megarec.inference.feedback_measures import Float64, measure_feedback
 from megarec.inference.histories import Histories, Prediction, Predictor, Targets
-from megarec.inference.protocol import Protocol
 from megarec.inference.ranking import UNRANKED, hide_items, rank_targets, top_items
 from megarec.metrics.estimate import Estimate
+from megarec.metrics.protocol import Protocol
 from megarec.metrics.ranking import measure_lists, measure_ranks
 
 MAX_SCORES = 1 << 24  # scores that exist at one time: users of a batch times items
@@ -39,7 +39,7 @@ class Result:
         counts: users and targets that were measured, and those that could not be.
         ranking: means over users, such as `ndcg@10` and `mrr`, with their standard errors; empty when no items were
             scored.
-        coverage: share of the catalog that was recommended to anybody, such as `coverage@10`.
+        coverage: share of the candidates that was recommended to anybody, such as `coverage@10`.
         feedback: measures of each feedback field, over targets whose feedback is known.
     """
 
@@ -50,6 +50,13 @@ class Result:
     ranking: dict[str, Estimate] = field(default_factory=dict)
     coverage: dict[str, float] = field(default_factory=dict)
     feedback: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def reported(self) -> dict[str, Estimate]:
+        """The metrics that the protocol names, as far as items were scored, and the AUC of each feedback field."""
+        count = self.counts.get("users", 0)
+        plain = {name: Estimate(value=v, standard_error=float("nan"), count=count) for name, v in self.flat().items()}
+        names = [*self.protocol.metrics, *(name for name in plain if name.endswith("/auc"))]
+        return {name: self.ranking.get(name, plain[name]) for name in names if name in plain}
 
     def flat(self) -> dict[str, float]:
         """Every number by one name: `ndcg@10`, `coverage@10`, `listened/auc`."""
@@ -66,7 +73,7 @@ class Tally:
     Attributes:
         counts: users and targets.
         top: the best items of each user, `[B, k]`; -1 where a list is shorter.
-        best_rank: the rank of each user's first target, `[B]`; inf when none can be found.
+        best_rank: the rank of each user's target that is ranked first, `[B]`; inf when none can be found.
         num_distinct: distinct targets of each user, `[B]`.
         target: their item ids, user after user.
         logits: by feedback field, of each target.
@@ -109,10 +116,11 @@ class Tally:
                 np.concatenate(self.top),
                 lengths_to_offsets(np.concatenate(self.num_distinct)),
                 np.concatenate(self.target),
-                cutoffs=cutoffs(protocol, dataset),
-                num_items=dataset.num_items,
+                cutoffs=protocol.cutoffs,
+                num_items=len(_candidates(dataset, protocol)),
             )
-            ranking = {**lists.estimates, **measure_ranks(np.concatenate(self.best_rank), cutoffs=())}
+            best_rank = np.concatenate(self.best_rank)
+            ranking = {**lists.estimates, **measure_ranks(best_rank, cutoffs=(), mrr_depth=protocol.mrr_depth)}
             coverage = lists.coverage
         feedback = {
             head: measure_feedback(
@@ -131,13 +139,8 @@ class Tally:
         )
 
 
-def cutoffs(protocol: Protocol, dataset: Dataset) -> list[int]:
-    """The cut-offs that the catalog is large enough for; at least one."""
-    return [k for k in protocol.ks if k <= dataset.num_items] or [dataset.num_items]
-
-
 def evaluate(predictor: Predictor, dataset: Dataset, protocol: Protocol, *, max_users: int = 0) -> Result:
-    """Measures `predictor` on the eval split of `dataset`.
+    """Measures `predictor` on the split of `dataset` that `protocol` asks about.
 
     Args:
         predictor: what is measured.
@@ -146,11 +149,13 @@ def evaluate(predictor: Predictor, dataset: Dataset, protocol: Protocol, *, max_
         max_users: at most so many users, the first ones; 0 for all.
 
     Raises:
-        UserError: the split has no user that can be measured, or a score is not a number.
+        UserError: the dataset cannot serve the protocol, the split has no user that can be measured, or a score is not
+            a number.
     """
+    protocol.check(dataset)
     seen = tally(predictor, dataset, protocol, max_users=max_users)
     if not seen.counts.get("users"):
-        raise UserError("no user of the eval split has a history and a target", where=str(dataset.path))
+        raise UserError(f"no user of the {protocol.split} split has a history and a target", where=str(dataset.path))
     return seen.result(predictor.name, dataset, protocol)
 
 
@@ -159,7 +164,7 @@ def tally(
 ) -> Tally:
     """What reader `rank` of `world` sees of its share of the users; joined over all readers it is the whole."""
     seen = Tally()
-    longest = cutoffs(protocol, dataset)[-1]
+    candidates = _candidates(dataset, protocol)
     context = [name for name, info in dataset.fields.items() if info.role == "context"]
     users_at_once = max(1, min(MAX_USERS_AT_ONCE, MAX_SCORES // dataset.fields["item"].num_ids))
     batches = evaluation_batches(
@@ -184,7 +189,8 @@ def tally(
                 seen.add_count("targets", len(targets.timestamp))
                 if prediction.scores is not None:
                     hidden = _filtered(batch, protocol, users)
-                    _add_ranks(seen, prediction.scores, targets, hidden, longest=longest)
+                    _hide(prediction.scores, *hidden, candidates=candidates)
+                    _add_ranks(seen, prediction.scores, targets, longest=max(protocol.cutoffs, default=1))
                 _add_feedback(seen, prediction, histories, targets)
             progress.update(len(users))
             if max_users and seen.counts.get("users", 0) >= max_users:
@@ -235,23 +241,40 @@ def _filtered(batch: EvaluationBatch, protocol: Protocol, users: Int64) -> tuple
     return np.repeat(np.arange(len(users)), lengths), items[gather_indices(offsets[users], lengths)].astype(np.int64)
 
 
-def _add_ranks(seen: Tally, scores: Tensor, targets: Targets, hidden: tuple[Int64, Int64], *, longest: int) -> None:
-    """Adds the top items and the ranks of the targets; pairs `hidden` of (row, item) are impossible."""
+def _candidates(dataset: Dataset, protocol: Protocol) -> Int64:
+    """The item ids that may be recommended at all, ascending."""
+    if protocol.catalog == "trained":
+        return np.flatnonzero(dataset.item_counts())
+    return np.arange(1, dataset.num_items + 1)
+
+
+def _hide(scores: Tensor, user: Int64, item: Int64, *, candidates: Int64) -> None:
+    """Makes the pairs of (row `user`, `item`) impossible, and every item that is no candidate, in place."""
+    hide_items(scores, torch.from_numpy(user).to(scores.device), torch.from_numpy(item).to(scores.device))
+    if len(candidates) < scores.shape[1] - 1:
+        others = np.setdiff1d(np.arange(scores.shape[1]), candidates)
+        scores[:, torch.from_numpy(others).to(scores.device)] = -torch.inf
+
+
+def _add_ranks(seen: Tally, scores: Tensor, targets: Targets, *, longest: int) -> None:
+    """Adds the `longest` top items of each user and the rank of the target that stands first."""
     device, num_ids = scores.device, scores.shape[1]
-    hide_items(scores, *(torch.from_numpy(index).to(device) for index in hidden))
     pair = np.unique(targets.user_of_target() * num_ids + targets.fields["item"])
     user, item = pair // num_ids, pair % num_ids
-    ranks = rank_targets(scores, torch.from_numpy(user).to(device), torch.from_numpy(item).to(device)).cpu().numpy()
+    own = scores[torch.from_numpy(user).to(device), torch.from_numpy(item).to(device)].double().cpu().numpy()
     num_distinct = np.bincount(user, minlength=len(scores))
-    top = top_items(scores, longest)[0].cpu().numpy()
-    seen.top.append(np.where(top == 0, -1, top))
-    seen.best_rank.append(
-        np.minimum.reduceat(np.where(ranks == UNRANKED, np.inf, ranks), num_distinct.cumsum() - num_distinct)
-    )
+    # sorted by user, then by place in the list: the pairs are in the order of the ids already
+    first = np.lexsort((-own, user))[num_distinct.cumsum() - num_distinct]
+    rank = rank_targets(scores, torch.from_numpy(item[first]).to(device)).cpu().numpy()
+    top = np.full((len(scores), longest), -1)
+    ids = top_items(scores, longest)[0].cpu().numpy()
+    top[:, : ids.shape[1]] = np.where(ids == 0, -1, ids)
+    seen.top.append(top)
+    seen.best_rank.append(np.where(rank == UNRANKED, np.inf, rank))
     seen.num_distinct.append(num_distinct)
     seen.target.append(item)
     seen.add_count("unknown_targets", int((item == 0).sum()))
-    seen.add_count("filtered_targets", int(((ranks == UNRANKED) & (item > 0)).sum()))
+    seen.add_count("impossible_targets", int((np.isneginf(own) & (item > 0)).sum()))
 
 
 def _add_feedback(seen: Tally, prediction: Prediction, histories: Histories, targets: Targets) -> None:

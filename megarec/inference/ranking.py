@@ -11,7 +11,6 @@ from torch import Tensor
 from megarec.base.errors import UserError
 
 UNRANKED = 0  # the rank of a target that cannot be found, as `megarec.metrics.ranking` writes it
-MAX_COMPARISONS = 1 << 23  # scores compared at one time
 
 
 def hide_items(scores: Tensor, user: Tensor, item: Tensor) -> None:
@@ -26,38 +25,47 @@ def hide_items(scores: Tensor, user: Tensor, item: Tensor) -> None:
     scores[:, 0] = -math.inf
 
 
-def rank_targets(scores: Tensor, user: Tensor, item: Tensor) -> Tensor:
-    """The 1-based rank `[M]` (int64) of each target `item` `[M]` among all items of its row `user` `[M]`.
+def rank_targets(scores: Tensor, item: Tensor) -> Tensor:
+    """The 1-based rank `[B]` (int64) of one target `item` `[B]` per row among all items of that row.
 
     An item stands before the target when its score is higher, or equal with a lower id. A target whose own score
     is -inf has the rank `UNRANKED`.
     """
-    ranks = torch.empty(len(item), dtype=torch.int64, device=scores.device)
+    own = scores.gather(1, item[:, None])
     ids = torch.arange(scores.shape[1], device=scores.device)
-    rows = max(1, MAX_COMPARISONS // scores.shape[1])
-    for start in range(0, len(item), rows):
-        part = slice(start, start + rows)
-        row = scores[user[part]]
-        own = row.gather(1, item[part, None])
-        before = (row > own) | ((row == own) & (ids < item[part, None]))
-        ranks[part] = torch.where(own[:, 0] == -math.inf, UNRANKED, 1 + before.sum(1))
-    return ranks
+    before = (scores > own) | ((scores == own) & (ids < item[:, None]))
+    return torch.where(own[:, 0] == -math.inf, UNRANKED, 1 + before.sum(1))
 
 
 def top_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` best item ids of each row, best first, and their scores: both `[B, k]`.
 
-    Rows with fewer than `k` possible items end in id 0 with score -inf. `torch.topk` alone leaves the order of
-    equal scores open, so it only gives the threshold here.
+    Rows with fewer than `k` possible items end in id 0 with score -inf. `torch.topk` alone leaves open how equal
+    scores are ordered and which of them make the list: the first is mended by a sort of the list, the second, seen by
+    the next best score, by a look at the whole row.
     """
     k = min(k, scores.shape[1])
+    best, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    open_rows = (best[:, k - 1 : k] == best[:, k:]).any(1).nonzero()[:, 0]
+    best, ids = _sort_list(best[:, :k], ids[:, :k])
+    if len(open_rows):
+        best[open_rows], ids[open_rows] = _sort_list(*_best_with_ties(scores[open_rows], k))
+    return ids.masked_fill(best == -math.inf, 0), best
+
+
+def _sort_list(best: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Descending by score, equal scores by the lower id."""
+    ids, order = ids.sort(dim=1)
+    best, place = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best, ids.gather(1, place)
+
+
+def _best_with_ties(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best scores of each row and their ids, in any order; of equal scores the lower ids."""
     threshold = scores.topk(k, dim=1).values[:, -1:]
     above = scores > threshold
     level = scores == threshold
     missing = k - above.sum(1, keepdim=True)
     chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= missing))
-    ids = chosen.nonzero()[:, 1].view(
-        len(scores), k
-    )  # ascending in each row, so a stable sort keeps the lower id first
-    best, order = scores.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    return ids.gather(1, order).masked_fill(best == -math.inf, 0), best
+    ids = chosen.nonzero()[:, 1].view(len(scores), k)
+    return scores.gather(1, ids), ids

@@ -24,7 +24,8 @@ class HstuBlock(nn.Module):
     The divisor is a fixed number, where the published code takes a padded length: results then do not depend on
     who shares a batch. Rows of `W_1` are laid out [head, (U, V, Q, K), channel] and columns of `W_2` [head, (gates),
     channel], so that a tensor-parallel shard is a slice; the published layout has all heads of U first. `W_1` and
-    the biases p, t start as normal(0, 0.02), `W_2` with the variance of Xavier, as published.
+    the biases p, t start as normal(0, 0.02), `W_2` with the variance of Xavier and its bias uniform within
+    ±1 / sqrt(inputs), as the public research code does.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class HstuBlock(nn.Module):
             self.output_norm = LayerNorm(config.v_head_width, affine=config.norm_affine, enter=parts.enter_heads)
         self.dropout = Dropout(dropout, layer=layer, site="output")
         out_std = (2.0 / (out_width + width)) ** 0.5
-        self.out = parts.row_linear(out_width, width, bias=config.output_bias, std=out_std)
+        bound = out_width**-0.5
+        self.out = parts.row_linear(out_width, width, bias=config.output_bias, std=out_std, bias_bound=bound)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""

@@ -1,8 +1,10 @@
 """Softmax over sampled candidates, with both published corrections for how they were sampled."""
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarec.losses.stored_gradients import attach_gradients, want_gradients
@@ -54,7 +56,9 @@ def sampled_softmax(
     Raises:
         ValueError: a shape is wrong, or `log_q` and `correction` do not belong together; names the argument.
     """
-    _check(query, candidates, target, log_q=log_q, correction=correction, chunk_rows=chunk_rows)
+    _check(query, candidates, target, log_q=log_q, correction=correction)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if candidate_id.shape != candidates.shape[:1]:
         raise ValueError(f"candidate_id must be [{len(candidates)}], got {list(candidate_id.shape)}")
     sums = _Sums(query, candidates, inverse_temperature)
@@ -84,29 +88,29 @@ def sampled_softmax_per_position(
     query: Tensor,
     candidates: Tensor,
     *,
-    target: Tensor,
-    negative_index: Tensor,
+    slots: Tensor,
+    order: Tensor,
     log_q: Tensor | None,
     correction: Correction,
     inverse_temperature: Tensor,
-    chunk_rows: int,
 ) -> Tensor:
     """As `sampled_softmax`, with each query's own negatives, drawn with replacement.
 
-    Needs `chunk_rows x K x D` numbers at a time. A negative drawn twice counts twice; one equal to the target counts
-    as an accidental hit.
+    The logits are those entries of `query candidates^T` that `slots` names, `[Q, 1 + K]`; no candidate is ever copied
+    for a query, so memory is that of `slots`. A negative drawn twice counts twice; one equal to the target counts as
+    an accidental hit.
 
     Source: the public HSTU tables (research code of arXiv 2402.17152) draw their negatives so, without correction.
 
     Args:
         query: `[Q, D]`.
         candidates: `[C, D]`, one row per distinct item.
-        target: `[Q]` int64, slot of the query's target in `candidates`.
-        negative_index: `[Q, K]` int64, slots of the query's negatives.
+        slots: `[Q, 1 + K]` int32 or int64, places in `candidates` of each query's target and of its K negatives.
+        order: `[Q (1 + K)]` int64, the stable order of the flattened `slots`, by which a candidate's gradient is added
+            up. Whoever drew the negatives makes it off the device.
         log_q: `[C]`, log of the probability that one draw gives the candidate, finite; None with `none`.
         correction: as in `sampled_softmax`.
         inverse_temperature: scalar tensor; gets a gradient.
-        chunk_rows: queries per chunk.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 inputs); 0 with zero gradients when Q is 0.
@@ -114,33 +118,55 @@ def sampled_softmax_per_position(
     Raises:
         ValueError: a shape is wrong, or `log_q` and `correction` do not belong together; names the argument.
     """
-    _check(query, candidates, target, log_q=log_q, correction=correction, chunk_rows=chunk_rows)
-    if negative_index.dim() != 2 or len(negative_index) != len(query):
-        raise ValueError(f"negative_index must be [{len(query)}, K], got {list(negative_index.shape)}")
+    if slots.dim() != 2 or len(slots) != len(query) or slots.shape[1] < 1:
+        raise ValueError(f"slots must be [{len(query)}, 1 + K], got {list(slots.shape)}")
+    if order.shape != (slots.numel(),):
+        raise ValueError(f"order must be [{slots.numel()}], got {list(order.shape)}")
+    _check(query, candidates, slots[:, 0], log_q=log_q, correction=correction)
     sums = _Sums(query, candidates, inverse_temperature)
+    if not len(query):
+        return sums.result(query, candidates, inverse_temperature)
     log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
-    for first in range(0, len(query), chunk_rows):
-        rows = slice(first, first + chunk_rows)
-        slots = torch.cat([target[rows, None], negative_index[rows]], dim=1)
-        vectors = sums.candidates[slots]
-        logits = torch.bmm(vectors, sums.query[rows, :, None]).squeeze(2) * sums.inverse_temperature
-        terms = _terms(
-            logits[:, :1],
-            logits[:, 1:].masked_fill(slots[:, 1:] == slots[:, :1], float("-inf")),
-            log_q_target=None if log_q is None else log_q[slots[:, :1]],
-            log_q_negative=None if log_q is None else log_q[slots[:, 1:]],
-            correction=correction,
+    logits = _products_at(sums.query, sums.candidates, slots) * sums.inverse_temperature
+    terms = _terms(
+        logits[:, :1],
+        logits[:, 1:].masked_fill_(slots[:, 1:] == slots[:, :1], float("-inf")),
+        log_q_target=None if log_q is None else log_q[slots[:, :1]],
+        log_q_negative=None if log_q is None else log_q[slots[:, 1:]],
+        correction=correction,
+    )
+    sums.loss = terms.loss.sum()
+    if sums.wanted:
+        gradient = torch.cat([terms.target, terms.negative], dim=1)
+        sums.query_gradient = F.embedding_bag(slots, sums.candidates, mode="sum", per_sample_weights=gradient)
+        counts = torch.bincount(slots.flatten(), minlength=len(candidates))
+        sums.candidates_gradient = F.embedding_bag(
+            torch.div(order, slots.shape[1], rounding_mode="floor"),
+            sums.query,
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=gradient.flatten()[order],
         )
-        sums.loss += terms.loss.sum()
-        if sums.wanted:
-            gradient = torch.cat([terms.target, terms.negative], dim=1)
-            sums.query_gradient[rows] = torch.bmm(gradient[:, None, :], vectors).squeeze(1)
-            torch.mul(gradient[:, :, None], sums.query[rows, None, :], out=vectors)
-            # Sums by slot in a fixed order, and in parallel on a CPU, which index_add_ is not.
-            sums.candidates_gradient += torch.ops.aten.embedding_dense_backward(
-                vectors, slots, len(candidates), -1, False
-            )
     return sums.result(query, candidates, inverse_temperature)
+
+
+def _products_at(query: Tensor, candidates: Tensor, slots: Tensor) -> Tensor:
+    """`query_i . candidates_{slots_ij}`, `[Q, K]`: a matrix product sampled where a sparse matrix has entries."""
+    num_queries, num_slots = slots.shape
+    if num_slots > len(candidates):  # all products are fewer, and torch wants no more entries than a matrix has
+        return (query @ candidates.T).gather(1, slots.long())
+    ends = torch.arange(0, slots.numel() + 1, num_slots, dtype=slots.dtype, device=slots.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls its sparse matrices a beta, once
+        pattern = torch.sparse_csr_tensor(
+            ends,
+            slots.flatten(),
+            query.new_zeros(slots.numel()),
+            (num_queries, len(candidates)),
+            check_invariants=False,
+        )
+        products = torch.sparse.sampled_addmm(pattern, query, candidates.T, beta=0.0)
+    return products.values().view(num_queries, num_slots)
 
 
 class _Sums:
@@ -225,7 +251,6 @@ def _check(
     *,
     log_q: Tensor | None,
     correction: Correction,
-    chunk_rows: int,
 ) -> None:
     if query.dim() != 2:
         raise ValueError(f"query must be [Q, D], got {list(query.shape)}")
@@ -241,5 +266,3 @@ def _check(
         raise ValueError(f"log_q must be given exactly when correction is not 'none'; correction is {correction!r}")
     if log_q is not None and log_q.shape != candidates.shape[:1]:
         raise ValueError(f"log_q must be [{len(candidates)}], got {list(log_q.shape)}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")

@@ -9,18 +9,23 @@ import numpy.typing as npt
 from megarec.base.jagged import Int64
 from megarec.metrics.estimate import Estimate, estimate_mean
 
+MAX_COMPARISONS = 1 << 22  # listed items that are compared with targets at one time
 
-def measure_ranks(rank: npt.NDArray[np.number], *, cutoffs: Sequence[int]) -> dict[str, Estimate]:
+
+def measure_ranks(
+    rank: npt.NDArray[np.number], *, cutoffs: Sequence[int], mrr_depth: int | None = None
+) -> dict[str, Estimate]:
     """Metrics of users with one target each, whose 1-based rank is known.
 
     `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`; means over all users.
 
-    Source: the public HSTU tables (arXiv 2402.17152). They give a target outside their 2,500 candidates the rank 2501;
-    here a target that was not found scores 0 in `mrr`.
+    Source: the public HSTU tables (arXiv 2402.17152), whose `mrr` has `mrr_depth=2500`.
 
     Args:
         rank: `[B]`; 0 or inf where the target was not found.
         cutoffs: the k's.
+        mrr_depth: in `mrr`, a target that is ranked deeper or was not found counts as rank `mrr_depth + 1`; None: every
+            rank is exact, and a target that was not found scores 0.
 
     Returns:
         `hr@k`, `ndcg@k` for every k and `mrr`.
@@ -38,7 +43,7 @@ def measure_ranks(rank: npt.NDArray[np.number], *, cutoffs: Sequence[int]) -> di
         hit = ranks <= k
         metrics[f"hr@{k}"] = estimate_mean(hit.astype(np.float64))
         metrics[f"ndcg@{k}"] = estimate_mean(hit / np.log2(ranks + 1))
-    metrics["mrr"] = estimate_mean(1 / ranks)
+    metrics["mrr"] = estimate_mean(1 / (ranks if mrr_depth is None else np.minimum(ranks, mrr_depth + 1)))
     return metrics
 
 
@@ -96,8 +101,8 @@ def measure_lists(
         estimates[f"recall@{k}"] = estimate_mean(hits / attainable)
         estimates[f"hr@{k}"] = estimate_mean((hits > 0).astype(np.float64))
         estimates[f"ndcg@{k}"] = estimate_mean(hit[:, :k] @ discount[:k] / ideal[attainable])
-        items = np.unique(shown[:, :k])
-        coverage[f"coverage@{k}"] = int(np.sum(items >= 0)) / num_items
+        listed = shown[:, :k]
+        coverage[f"coverage@{k}"] = int(np.count_nonzero(np.bincount(listed[listed >= 0]))) / num_items
     return ListMetrics(
         estimates=estimates, coverage=coverage, num_users_without_target=int(num_users - with_target.sum())
     )
@@ -113,14 +118,16 @@ def _distinct_pairs(user: Int64, item: Int64) -> tuple[Int64, Int64]:
 
 def _find_hits(top_items: Int64, user: Int64, item: Int64) -> npt.NDArray[np.bool_]:
     """Whether each listed item `[B, L]` is among its user's (sorted, distinct) targets."""
-    num_users, longest = top_items.shape
-    values, code = np.unique(np.concatenate([top_items.ravel(), item]), return_inverse=True)
-    listed = np.repeat(np.arange(num_users), longest) * len(values) + code[: top_items.size]
-    real = top_items.ravel() >= 0
-    if len(np.unique(listed[real])) != real.sum():
+    ordered = np.sort(top_items, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise ValueError("top_items repeats an item within a list")
-    targets = user * len(values) + code[top_items.size :]
-    return (np.isin(listed, targets) & real).reshape(top_items.shape)
+    hit = np.zeros(top_items.shape, dtype=np.bool_)
+    pairs = max(1, MAX_COMPARISONS // max(1, top_items.shape[1]))
+    for start in range(0, len(user), pairs):
+        part = slice(start, start + pairs)
+        at, place = np.nonzero((top_items[user[part]] == item[part, None]) & (item[part, None] >= 0))
+        hit[user[part][at], place] = True
+    return hit
 
 
 def _check_cutoffs(cutoffs: Sequence[int]) -> None:

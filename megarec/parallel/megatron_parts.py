@@ -40,6 +40,7 @@ class ColumnLinear(ColumnParallelLinear):
         *,
         bias: bool,
         std: float,
+        bias_bound: float = 0.0,
         groups: ParallelGroups,
         config: TransformerConfig,
     ) -> None:
@@ -54,7 +55,7 @@ class ColumnLinear(ColumnParallelLinear):
         rows = partial(_place_piece, split_dim=0, groups=groups)
         rows(self.weight, (out_width, in_width), Init(kind="normal", std=std))
         if bias:
-            rows(self.bias, (out_width,), Init())
+            rows(self.bias, (out_width,), Init(kind="uniform", bound=bias_bound))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_width]` to `[*, local_out_width]`."""
@@ -71,6 +72,7 @@ class RowLinear(RowParallelLinear):
         *,
         bias: bool,
         std: float,
+        bias_bound: float = 0.0,
         groups: ParallelGroups,
         config: TransformerConfig,
     ) -> None:
@@ -86,7 +88,8 @@ class RowLinear(RowParallelLinear):
         _place_piece(self.weight, (out_width, in_width), Init(kind="normal", std=std), split_dim=1, groups=groups)
         if bias:
             sums = ("tp",) if config.sequence_parallel else ()
-            whole = Placement(global_shape=(out_width,), replicated_over=("tp", "dp"), grad_sum_over=sums)
+            init = Init(kind="uniform", bound=bias_bound)
+            whole = Placement(global_shape=(out_width,), replicated_over=("tp", "dp"), grad_sum_over=sums, init=init)
             place(self.bias, whole)
             with torch.no_grad():
                 self.bias.zero_()

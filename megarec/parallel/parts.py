@@ -16,9 +16,9 @@ from megarec.parallel.placement import Init, Placement, place
 
 
 class MakeLinear(Protocol):
-    """Makes a linear map of `[*, in_width]` to `[*, out_width]`; weight normal(0, `std`), bias zero."""
+    """Makes a linear map `[*, in_width]` to `[*, out_width]`; weight normal(0, `std`), bias uniform(±`bias_bound`)."""
 
-    def __call__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> nn.Module:
+    def __call__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> nn.Module:
         """The map as a module: `module(x)`."""
         ...
 
@@ -46,10 +46,10 @@ class Parts:
 class Linear(nn.Module):
     """`y = x W^T + b` with weight `[out_width, in_width]`."""
 
-    def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> None:
+    def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> None:
         super().__init__()
         self.weight = whole_parameter((out_width, in_width), Init(kind="normal", std=std))
-        self.bias = whole_parameter((out_width,), Init()) if bias else None
+        self.bias = whole_parameter((out_width,), Init(kind="uniform", bound=bias_bound)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_width]` to `[*, out_width]`."""

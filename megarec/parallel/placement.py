@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from megarec.base.random import derive_key
-from megarec.base.random_torch import normal_torch
+from megarec.base.random_torch import normal_torch, uniform_torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How a parameter starts: `normal` with `std`, or `constant` with `value`."""
+    """How a parameter starts: `normal` with `std`, `uniform` in ±`bound`, or `constant` with `value`."""
 
-    kind: Literal["normal", "constant"] = "constant"
+    kind: Literal["normal", "uniform", "constant"] = "constant"
     std: float = 0.0
+    bound: float = 0.0
     value: float = 0.0
 
 
@@ -84,8 +85,11 @@ def initialize(model: nn.Module, seed: int) -> None:
         if placement.split_dim is not None:
             whole = whole.narrow(placement.split_dim, placement.offset, parameter.shape[placement.split_dim])
         key = derive_key(seed, "weight", placement.global_name)
-        values = normal_torch(key, whole.reshape(-1)).view(whole.shape)
-        parameter.copy_(values * placement.init.std)
+        if placement.init.kind == "normal":
+            values = normal_torch(key, whole.reshape(-1)) * placement.init.std
+        else:
+            values = (2.0 * uniform_torch(key, whole.reshape(-1)) - 1.0) * placement.init.bound
+        parameter.copy_(values.view(whole.shape))
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megarec.base.jagged import Int64
+from megarec.base.jagged import Int64, stable_order
 from megarec.base.random import derive_key, integers_numpy
 from megarec.data.packs import Pack
 from megarec.data.prefetch import Prefetcher
@@ -17,6 +17,7 @@ from megarec.models.inputs import EVENT_PARTS
 from megarec.models.rows import RowMap
 from megarec.train.config import ObjectiveConfig
 
+WHOLE_CATALOG_DRAWS = 16  # draws per item: e^-16 of the items would be missing
 ROW_PARTS = (*EVENT_PARTS, "candidates")
 
 
@@ -28,8 +29,9 @@ class PackBatch:
         key: of everything random in this pack.
         columns: `cu_seqlens` `[B + 1]`, `position`, `timestamp`, `next_timestamp` `[T]`, `target_event` `[Q]` (which
             events have a next item), `target` `[Q]` (its place among the candidates), `candidate_id` `[C]`,
-            `log_q` `[C]`, `negatives` `[Q, K]` (per-position draws, places among the candidates), and
-            `feedback/<field>` `[T]` (the next event's value, 0 where it is unknown).
+            `log_q` `[C]`, and `feedback/<field>` `[T]` (the next event's value, 0 where it is unknown). With negatives
+            per position, `slots` `[Q, 1 + K]` (the places of each target and its draws among the candidates) and
+            `order` `[Q (1 + K)]` (their stable order).
         rows: for each of `ROW_PARTS` the table rows `[*, S]`, -1 for nothing.
     """
 
@@ -115,25 +117,24 @@ class BatchMaker:
         target_event = np.flatnonzero(wanted)
         target = asked[target_event]
         draws_per_row = self._objective.num_uniform_negatives
-        negatives = np.empty((len(target), 0), dtype=np.int64)
+        columns: dict[str, npt.NDArray[Any]] = {"target_event": target_event}
         num_in_pack = 0
         if self._objective.next_item == "full":
             candidates, place = np.arange(1, self._num_items + 1, dtype=np.int64), target - 1
         elif self._objective.negatives == "per_position":
             counters = target_event[:, None] * draws_per_row + np.arange(draws_per_row)
             draws = 1 + integers_numpy(derive_key(key, "negatives"), counters, self._num_items)
-            candidates, numbers = _number_distinct(np.concatenate([target[:, None], draws], axis=1), self._num_items)
-            place, negatives = numbers[:, 0], numbers[:, 1:]
+            candidates, slots = _number_distinct(np.concatenate([target[:, None], draws], axis=1), self._num_items)
+            columns |= {"slots": slots, "order": stable_order(slots.ravel(), len(candidates))}
+            place = slots[:, 0]
         else:
             distinct, place = np.unique(target, return_inverse=True)
             draws = 1 + integers_numpy(derive_key(key, "negatives"), np.arange(draws_per_row), self._num_items)
             candidates, num_in_pack = np.concatenate([distinct, draws]), len(distinct)
-        columns: dict[str, npt.NDArray[Any]] = {
-            "target_event": target_event,
+        columns |= {
             "target": place,
             "candidate_id": candidates,
             "log_q": self._log_expected_share(candidates, num_in_pack),
-            "negatives": negatives,
         }
         return candidates, columns
 
@@ -184,8 +185,13 @@ def _popularity(item_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]
     return counts / counts.sum()
 
 
-def _number_distinct(ids: Int64, num_items: int) -> tuple[Int64, Int64]:
-    """The distinct `ids`, ascending, and for each id its number among them; by marking, as ids are dense."""
-    marks = np.zeros(num_items + 1, dtype=np.int64)
+def _number_distinct(ids: Int64, num_items: int) -> tuple[Int64, npt.NDArray[np.int32]]:
+    """Distinct items that hold all `ids`, ascending, and for each id its number among them.
+
+    A catalog that is drawn from many times over comes whole: hardly an item would be missing.
+    """
+    if ids.size >= WHOLE_CATALOG_DRAWS * num_items:
+        return np.arange(1, num_items + 1, dtype=np.int64), (ids - 1).astype(np.int32)
+    marks = np.zeros(num_items + 1, dtype=np.int32)
     marks[ids] = 1
-    return np.flatnonzero(marks), (np.cumsum(marks) - 1)[ids]
+    return np.flatnonzero(marks), (np.cumsum(marks, dtype=np.int32) - 1)[ids]

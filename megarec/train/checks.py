@@ -1,8 +1,9 @@
 """Rules that involve more than one section of the configuration or the dataset, one small function each."""
 
-from megarec.base.errors import UserError
+from megarec.base.errors import UserError, nearest
 from megarec.data.dataset import Dataset
 from megarec.models.hstu.config import HstuConfig
+from megarec.models.shape import input_shape
 from megarec.parallel.layout import LayoutConfig
 from megarec.train.config import TrainConfig
 
@@ -75,6 +76,18 @@ def check_best(config: TrainConfig) -> None:
             where="checkpoint.keep_best",
             fix="Set evaluate_every_steps",
         )
+
+
+def check_evaluation(config: TrainConfig, dataset: Dataset) -> None:
+    """The dataset can serve the protocol, the model can read its window, and it measures what names the best."""
+    if not config.evaluate_every_steps:
+        return
+    config.protocol.check(dataset)
+    heads = input_shape(dataset.fields, config.model).feedback_heads
+    known = [*config.protocol.metrics, *(f"{name}/auc" for name, num_outcomes in heads.items() if num_outcomes == 2)]
+    best = config.checkpoint.keep_best
+    if best and best not in known:
+        raise UserError(f"no metric '{best}'", where="checkpoint.keep_best", fix=nearest(best, known))
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from megarec.base.errors import UserError
 from megarec.data.stream import StreamConfig
 from megarec.embedding.config import TableConfig
+from megarec.metrics.protocol import Protocol
 from megarec.models.choice import ModelConfig
 from megarec.optim.config import OptimizerSettings
 from megarec.parallel.layout import LayoutConfig
@@ -23,7 +24,7 @@ class ObjectiveConfig:
             uniform draws anew for every target, as the public HSTU tables do.
         num_uniform_negatives: uniform draws from the catalog, per pack or per target.
         correction: the logQ correction: `none`, `standard` or `negatives_only`.
-        chunk_rows: targets whose logits exist at one time (sampled softmax).
+        chunk_rows: targets whose logits exist at one time (sampled softmax with shared negatives).
         chunk_items: items whose logits exist at one time (full softmax).
     """
 
@@ -77,8 +78,9 @@ class TrainConfig:
         device: `auto` takes a GPU when there is one.
         num_threads: CPU threads of one process; 0 leaves torch's choice.
         log_every_steps: steps between progress lines.
-        evaluate_every_steps: steps between evaluations on the eval split; 0 for none.
+        evaluate_every_steps: steps between evaluations; 0 for none.
         evaluate_users: at most so many users in a periodic evaluation; 0 for all.
+        protocol: the rules of the periodic evaluation.
         tensorboard: write TensorBoard event files into the run directory.
         verify_shards: compare the SHA-256 of every shard before training; the checksum of a block is compared anyway.
     """
@@ -95,6 +97,7 @@ class TrainConfig:
     evaluate_users: int = 0
     tensorboard: bool = True
     verify_shards: bool = True
+    protocol: Protocol = field(default_factory=Protocol)
     model: ModelConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)

@@ -94,12 +94,11 @@ class Objective:
             return sampled_softmax_per_position(
                 query,
                 vectors,
-                target=target,
-                negative_index=columns["negatives"],
+                slots=columns["slots"],
+                order=columns["order"],
                 log_q=log_q,
                 correction=config.correction,
                 inverse_temperature=scale,
-                chunk_rows=config.chunk_rows,
             )
         return sampled_softmax(
             query,

@@ -9,13 +9,14 @@ import yaml
 from megarec.base.config import flatten, plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_file
+from megarec.base.memory import keep_freed_memory
 from megarec.checkpoint.load import Checkpoint
 from megarec.checkpoint.manifest import read_pointer
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.data.dataset import open_dataset
 from megarec.parallel.groups import ProcessInfo, start, stop
 from megarec.train import state
-from megarec.train.checks import check_dataset, check_run
+from megarec.train.checks import check_dataset, check_evaluation, check_run
 from megarec.train.config import TrainConfig
 from megarec.train.hooks.checkpoint import CheckpointHook
 from megarec.train.hooks.evaluation import EvaluationHook, Evaluator
@@ -34,7 +35,7 @@ CHANGEABLE = (
     "tensorboard",
     "log_every_steps",
 )
-CHANGEABLE_SECTIONS = ("evaluate_", "checkpoint.", "layout.", "stream.prefetch_steps")
+CHANGEABLE_SECTIONS = ("evaluate_", "protocol.", "checkpoint.", "layout.", "stream.prefetch_steps")
 
 
 def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> None:
@@ -53,11 +54,14 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
     if config.verify_shards and process.rank == 0:
         dataset.verify()
     check_dataset(config, dataset)
+    check_evaluation(config, dataset)
     run_dir = Path(config.run_dir)
     newest = find_run(run_dir, config)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     groups = start(config.layout, process)
+    if groups.device.type == "cpu":
+        keep_freed_memory()
     try:
         writer = CheckpointWriter(
             run_dir / "checkpoints",

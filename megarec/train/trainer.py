@@ -140,14 +140,16 @@ class Trainer:
         return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)
 
     def _flops(self, pack: PackBatch) -> int:
-        num_targets, num_draws = pack.columns["negatives"].shape
         num_candidates = len(pack.columns["candidate_id"])
+        num_scores = len(pack.columns["target"]) * num_candidates
+        if "slots" in pack.columns:
+            num_scores = pack.columns["slots"].numel()
         return train_flops(
             self.config.model,
             self.shape,
             pack.columns["cu_seqlens"].numpy(),
             num_candidates=num_candidates,
-            num_scores=num_targets * (num_draws + 1 if num_draws else num_candidates),
+            num_scores=num_scores,
         )
 
 

@@ -68,7 +68,7 @@ def pool(dataset: Dataset, config: StreamConfig) -> int:
     num_events = 0
     for first in range(0, reader.num_blocks, config.pool_blocks):
         numbers = range(first, min(first + config.pool_blocks, reader.num_blocks))
-        parts = [cut_windows(reader.read(n), number=n, rule=config.pack_rule)[0] for n in numbers]
+        parts = [cut_windows(reader.read(n), epoch=0, number=n, rule=config.pack_rule)[0] for n in numbers]
         filled = fill_pool(parts, carried=None, rule=config.pack_rule, key=first)
         num_events += int(sum(filled.windows.num_targets[members].sum() for members in filled.packs))
     return num_events
@@ -97,6 +97,9 @@ def main() -> None:
         "the same, 32 lanes": lambda dataset: serve(dataset, StreamConfig(lanes=32)),
         "the same, 8192 events a pack, none dropped": lambda dataset: serve(
             dataset, StreamConfig(tokens_per_pack=8192, max_history_events=5000)
+        ),
+        "the same, stochastic length 1.6 of 512": lambda dataset: serve(
+            dataset, StreamConfig(stochastic_length_alpha=1.6)
         ),
         "the same, stride:256": lambda dataset: serve(dataset, StreamConfig(window="stride:256")),
     }

@@ -79,6 +79,8 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
         (["layout.tensor=2"], "one replica is one rank in this version"),
         (["stream.max_history_events=4096"], "windows of 4096 events do not fit 512 positions"),
         (["checkpoint.keep_best=ndcg@10"], "nothing measures 'ndcg@10'. Set evaluate_every_steps"),
+        (["protocol=hstu"], "protocol: 'hstu' is not there. Allowed: default, full_filter"),
+        (["protocol.metrics=[ndgc@10]"], "protocol.metrics: no metric 'ndgc@10'"),
         (["data=nowhere"], "nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

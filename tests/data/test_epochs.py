@@ -40,7 +40,7 @@ def test_windows_of_one_block_are_mixed_anew(tmp_path: Path) -> None:
 
 def test_packs_of_a_pool_are_shuffled() -> None:
     rule = PackRule(num_events=32, max_targets=8, stride=0, keep_last_event=False)
-    windows, _ = cut_windows(make_block([9, *[5] * 95], first_user=0), number=0, rule=rule)
+    windows, _ = cut_windows(make_block([9, *[5] * 95], first_user=0), epoch=0, number=0, rule=rule)
     places = []
     for key in range(8):
         packs = fill_pool([windows], carried=None, rule=rule, key=key).packs

@@ -39,7 +39,9 @@ def windows_of_lengths(lengths: np.ndarray, *, block: int) -> Windows:
     n = len(lengths)
     start = np.cumsum(lengths + 1) - lengths - 1
     return Windows(
-        reference=np.stack([np.full(n, block), np.arange(n), np.zeros(n, dtype=np.int64)], axis=1),
+        reference=np.stack(
+            [np.zeros(n, dtype=np.int64), np.full(n, block), np.arange(n), np.zeros(n, dtype=np.int64)], axis=1
+        ),
         user=np.arange(n),
         start=start,
         num_targets=lengths,
@@ -97,4 +99,4 @@ def test_packs_of_zipf_lengths_come_out_full_and_level() -> None:
     assert fill >= 0.97
     assert spread["tokens"] <= 1.01
     assert spread["squared lengths"] <= 1.05 < 1.2 < spread["squared lengths in log order"]
-    assert lengths[pool.carried.reference[:, 1]].sum() <= 4096
+    assert lengths[pool.carried.reference[:, 2]].sum() <= 4096

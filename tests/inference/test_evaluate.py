@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,7 +18,7 @@ from megarec.inference.baselines.oracle import read_oracle
 from megarec.inference.evaluate import Tally, evaluate, tally
 from megarec.inference.feedback_measures import measure_feedback
 from megarec.inference.histories import Histories, Prediction, Targets
-from megarec.inference.protocol import Protocol
+from megarec.metrics.protocol import Protocol
 from tests.inference.synthetic import CONFIGS, MAX_EVENTS, NUM_ITEMS, make_model, raw_item, write_world
 
 
@@ -60,18 +61,19 @@ def read_users(world: Dataset) -> list[User]:
     return [u for u in users if u.history and u.targets]
 
 
-def slow_metrics(users: list[User], protocol: Protocol) -> dict[str, float]:
+def slow_metrics(users: list[User], protocol: Protocol, candidates: list[int]) -> dict[str, float]:
     sums: dict[str, float] = {}
-    shown: dict[int, set[int]] = {k: set() for k in protocol.ks}
+    shown: dict[int, set[int]] = {k: set() for k in protocol.cutoffs}
     for user in users:
         scores = Tied().scores_of(user.number)
         window = user.history[-(protocol.max_history_events or 0) :]
         hidden = {"none": set(), "window": set(window), "full": set(user.history)}[protocol.filter_seen]
-        order = sorted((i for i in range(1, NUM_ITEMS + 1) if i not in hidden), key=lambda i: (-scores[i], i))
+        order = sorted((i for i in candidates if i not in hidden), key=lambda i: (-scores[i], i))
         wanted = set(user.targets)
         ranks = sorted(order.index(i) + 1 for i in wanted if i in order)
-        sums["mrr"] = sums.get("mrr", 0.0) + (1 / ranks[0] if ranks else 0.0)
-        for k in protocol.ks:
+        deepest = (protocol.mrr_depth or math.inf) + 1
+        sums["mrr"] = sums.get("mrr", 0.0) + 1 / min([*ranks, deepest])
+        for k in protocol.cutoffs:
             hits = [r for r in ranks if r <= k]
             ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(wanted)) + 1))
             for name, value in (
@@ -82,23 +84,31 @@ def slow_metrics(users: list[User], protocol: Protocol) -> dict[str, float]:
                 sums[f"{name}@{k}"] = sums.get(f"{name}@{k}", 0.0) + value
             shown[k] |= set(order[:k])
     metrics = {name: total / len(users) for name, total in sums.items()}
-    return metrics | {f"coverage@{k}": len(items) / NUM_ITEMS for k, items in shown.items()}
+    return metrics | {f"coverage@{k}": len(items) / len(candidates) for k, items in shown.items()}
 
 
 @pytest.mark.parametrize("filter_seen", ["none", "window", "full"])
-@pytest.mark.parametrize("window", [3, 512])
-def test_ranking_equals_the_slow_twin(world: Dataset, filter_seen: str, window: int) -> None:
-    protocol = Protocol(filter_seen=filter_seen, max_history_events=window, ks=(1, 5, 10, 20, 200))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("window", "mrr_depth", "catalog"), [(3, None, "all"), (512, 4, "all"), (9, None, "trained")])
+def test_ranking_equals_the_slow_twin(
+    world: Dataset, filter_seen: Any, window: int, mrr_depth: int | None, catalog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = np.arange(NUM_ITEMS + 1) % 3  # every third item has no train event
+    monkeypatch.setattr(Dataset, "item_counts", lambda dataset: counts)
+    metrics = ("hr@1", "ndcg@5", "recall@10", "coverage@20", "hr@200", "mrr")  # 200 is more than the catalog holds
+    protocol = Protocol(
+        filter_seen=filter_seen, max_history_events=window, metrics=metrics, mrr_depth=mrr_depth, catalog=catalog
+    )
     users = read_users(world)
     result = evaluate(Tied(), world, protocol)
-    small = replace(protocol, ks=(1, 5, 10, 20))  # 200 is more than the catalog holds
+    candidates = [i for i in range(1, NUM_ITEMS + 1) if catalog == "all" or counts[i]]
     numbers = {name: value for name, value in result.flat().items() if "/" not in name}
-    assert numbers == pytest.approx(slow_metrics(users, small), abs=1e-12)
+    assert numbers == pytest.approx(slow_metrics(users, protocol, candidates), abs=1e-12)
+    assert [*result.reported()] == [*metrics, "listened/auc"]
     assert result.counts["users"] == len(users)
     assert result.counts["users_without_history"] == 1
     assert result.counts["users_without_target"] == 1
-    assert (result.counts["filtered_targets"] > 0) == (filter_seen != "none")
-    estimate = result.ranking["hr@10"]
+    assert (result.counts["impossible_targets"] > 0) == (filter_seen != "none" or catalog == "trained")
+    estimate = result.ranking["hr@5"]
     assert estimate.standard_error == pytest.approx(math.sqrt(estimate.value * (1 - estimate.value) / (len(users) - 1)))
 
 
@@ -195,7 +205,7 @@ def test_the_oracle_ranks_by_the_truth(tmp_path: Path) -> None:
     dataset = write_world(tmp_path / "data")
     write_oracle(tmp_path / "oracle.parquet", dataset)
     result = evaluate(read_oracle(tmp_path / "oracle.parquet", dataset), dataset, Protocol())
-    assert result.ranking["hr@1"].value == 1.0
+    assert result.ranking["mrr"].value == 1.0
     assert result.counts["users"] == 22
     write_oracle(tmp_path / "late.parquet", dataset, late=1)
     with pytest.raises(UserError, match="other times"):

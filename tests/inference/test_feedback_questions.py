@@ -11,7 +11,7 @@ from megarec.data.dataset import Dataset
 from megarec.data.evaluation import evaluation_batches
 from megarec.inference.evaluate import ask
 from megarec.inference.histories import Histories, Targets
-from megarec.inference.protocol import Protocol
+from megarec.metrics.protocol import Protocol
 from tests.inference.synthetic import CONFIGS, MAX_EVENTS, make_model, write_world
 
 

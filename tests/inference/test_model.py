@@ -13,7 +13,7 @@ from megarec.data.evaluation import evaluation_batches
 from megarec.inference.evaluate import ask
 from megarec.inference.histories import Histories, Targets
 from megarec.inference.model import LocalModel, Weights
-from megarec.inference.protocol import Protocol
+from megarec.metrics.protocol import Protocol
 from megarec.models.choice import ModelConfig
 from megarec.models.inputs import Events
 from megarec.models.registry import build_model

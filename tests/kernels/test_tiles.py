@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megarec_kernels.tiles import MAX_PADDING, MAX_PAIRS, ROWS_PER_BLOCK, SMALL_PAIRS, plan_tiles
+from megarec_kernels.tiles import MAX_PAIRS, MAX_WASTED_PAIRS, ROWS_PER_BLOCK, plan_tiles
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=60)
 
@@ -26,7 +26,7 @@ def test_tiles_are_small_and_padding_is_bounded(lengths: list[int]) -> None:
     for tile in plan_tiles(bounds).tiles:
         real_lengths = torch.bincount(user[tile.token[tile.real]])
         padded_pairs = tile.num_users * tile.length**2
-        assert padded_pairs <= max(MAX_PADDING * int((real_lengths**2).sum()), SMALL_PAIRS)
+        assert padded_pairs - int((real_lengths**2).sum()) <= MAX_WASTED_PAIRS
         assert tile.num_users == 1 or tile.num_users * tile.length * min(tile.length, ROWS_PER_BLOCK) <= MAX_PAIRS
         assert len(tile.real) + len(tile.padding) == tile.num_users * tile.length
         own = user[tile.token].view(tile.num_users, tile.length)

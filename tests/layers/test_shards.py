@@ -39,7 +39,7 @@ class Sum:
 
 
 class Column(nn.Module):
-    def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> None:
+    def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> None:
         super().__init__()
         self.inner = Linear(in_width, out_width // RANKS, bias=bias, std=std)
 
@@ -49,7 +49,7 @@ class Column(nn.Module):
 
 def fake_parts(rank: int, all_reduce: Sum) -> Parts:
     class Row(nn.Module):
-        def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float) -> None:
+        def __init__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> None:
             super().__init__()
             self.weight = whole_parameter((out_width, in_width // RANKS), Init())
             self.bias = whole_parameter((out_width,), Init()) if bias else None

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarec.losses.full_softmax import full_softmax
 from megarec.losses.sampled_softmax import Correction, sampled_softmax, sampled_softmax_per_position
@@ -51,20 +52,23 @@ class Case:
     def arguments(self, correction: Correction, **changes: object) -> dict[str, object]:
         log_q = None if correction == "none" else self.q.log()
         return {
-            "target": self.target,
             "log_q": log_q,
             "correction": correction,
             "inverse_temperature": self.inverse_temperature,
-            "chunk_rows": 4,
             **changes,
         }
 
+    def shared_arguments(self) -> dict[str, object]:
+        return {"target": self.target, "candidate_id": self.candidate_id, "chunk_rows": 4}
+
     def shared(self, correction: Correction, **changes: object) -> Tensor:
-        arguments = self.arguments(correction, **{"candidate_id": self.candidate_id, **changes})
+        arguments = self.arguments(correction, **{**self.shared_arguments(), **changes})
         return sampled_softmax(self.query, self.candidates, **arguments)  # type: ignore[arg-type]
 
     def per_position(self, correction: Correction, **changes: object) -> Tensor:
-        arguments = self.arguments(correction, **{"negative_index": self.negative_index, **changes})
+        slots = torch.cat([self.target[:, None], self.negative_index], dim=1)
+        order = torch.sort(slots.flatten(), stable=True).indices
+        arguments = self.arguments(correction, **{"slots": slots.int(), "order": order, **changes})
         return sampled_softmax_per_position(self.query, self.candidates, **arguments)  # type: ignore[arg-type]
 
     def twin(self, correction: Correction, negatives_of: "list[list[int]]") -> Tensor:
@@ -89,6 +93,18 @@ class Case:
         return [[slot for slot in negatives if slot != target] for target, negatives in rows]
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest result."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.layout == torch.strided:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
 def assert_same(found: Tensor, truth: Tensor, inputs: list[Tensor], *, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(found.double(), truth.double(), rtol=tolerance, atol=tolerance)
     found_gradients, true_gradients = (torch.autograd.grad(loss, inputs) for loss in (found * 0.7, truth * 0.7))
@@ -106,15 +122,22 @@ def test_shared_candidates_equal_the_equations(correction: Correction, chunk_row
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("chunk_rows", [1, 4, 11, 100])
-def test_negatives_per_position_equal_the_equations(correction: Correction, chunk_rows: int) -> None:
-    case = Case()
-    assert any(len(negatives) < 7 for negatives in case.own_negatives())  # there are accidental hits
-    assert_same(
-        case.per_position(correction, chunk_rows=chunk_rows),
-        case.twin(correction, case.own_negatives()),
-        case.inputs(),
-    )
+@pytest.mark.parametrize("num_queries", [1, 11])
+@pytest.mark.parametrize("num_candidates", [2, 9, 40])  # each drawn many times, and some never
+def test_negatives_per_position_equal_the_equations(
+    correction: Correction, num_queries: int, num_candidates: int
+) -> None:
+    case = Case(num_queries=num_queries, num_candidates=num_candidates)
+    if num_queries > 1 and num_candidates < 40:
+        assert any(len(negatives) < 7 for negatives in case.own_negatives())  # there are accidental hits
+    assert_same(case.per_position(correction), case.twin(correction, case.own_negatives()), case.inputs())
+
+
+def test_no_candidate_is_copied_for_a_query() -> None:
+    case = Case(num_queries=64, num_candidates=40)
+    with Largest() as largest:
+        case.per_position("standard")
+    assert largest.numel == 64 * 8  # the target and seven negatives, and not their vectors
 
 
 def test_an_accidental_hit_left_in_would_be_caught() -> None:
@@ -234,20 +257,22 @@ def test_only_what_needs_a_gradient_gets_one_and_nothing_is_kept_without() -> No
 )
 def test_a_wrong_argument_is_named(name: str, change: dict[str, object]) -> None:
     case = Case()
-    arguments = {**case.arguments("standard"), "candidate_id": case.candidate_id, **change}
+    arguments = {**case.arguments("standard"), **case.shared_arguments(), **change}
     with pytest.raises(ValueError, match=name):
         sampled_softmax(case.query, case.candidates, **arguments)  # type: ignore[arg-type]
 
 
 def test_wrong_matrices_are_named() -> None:
     case = Case()
-    arguments = {**case.arguments("none"), "candidate_id": case.candidate_id}
+    arguments = {**case.arguments("none"), **case.shared_arguments()}
     with pytest.raises(ValueError, match="query"):
         sampled_softmax(case.query[0], case.candidates, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="candidates"):
         sampled_softmax(case.query, case.candidates[:, :3], **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="negative_index"):
-        case.per_position("none", negative_index=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="slots"):
+        case.per_position("none", slots=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="order"):
+        case.per_position("none", order=torch.zeros(3, dtype=torch.int64))
 
 
 def test_the_loss_of_two_queries_by_hand() -> None:
@@ -268,17 +293,6 @@ def test_the_loss_of_two_queries_by_hand() -> None:
 
 def test_chunks_bound_the_logits() -> None:
     """No tensor of a chunk is larger than chunk_rows x C."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
-
     case = Case(num_queries=64, num_candidates=200)
     sizes = []
     for chunk_rows in (8, 16):

@@ -366,7 +366,7 @@ def test_infer_says_what_it_did_not_find():
 def test_ready_schemas_load_and_help_is_quick():
     assert {"yambda", "movielens"} <= set(ready_schemas())
     for name in ready_schemas():
-        assert load_schema(name).fields
+        assert name in (load_schema(name).name, *load_schema(name).aliases)
     code = (
         "import sys; sys.argv = ['x', '--help']\n"
         "from megarec_tools.make_shards.command import main\n"
@@ -376,6 +376,8 @@ def test_ready_schemas_load_and_help_is_quick():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "users_per_block" in done.stdout and "split.rule" in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert all(f"{name}," in shown or f"{name}." in shown for name in ready_schemas())
 
 
 def test_a_held_out_user_is_never_trained_on(tmp_path):

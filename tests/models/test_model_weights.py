@@ -45,7 +45,10 @@ def test_first_weights_have_the_published_spread() -> None:
     hstu = weights(HstuConfig(width=128, table_width=128, block=block))
     assert hstu["blocks.1.uvqk.weight"].std() == pytest.approx(0.02, rel=0.02)
     assert hstu["blocks.1.out.weight"].std() == pytest.approx((2 / 256) ** 0.5, rel=0.03)
-    assert hstu["position.weight"].std() == pytest.approx(128**-0.5, rel=0.03)
+    bias = hstu["blocks.1.out.bias"]
+    assert bias.abs().max() < 128**-0.5
+    assert bias.std() == pytest.approx((3 * 128) ** -0.5, rel=0.15)  # 128 numbers
+    assert hstu["position.weight"].std() == pytest.approx((2 / (512 + 128)) ** 0.5, rel=0.03)
     assert hstu["temperature.log_inverse"].exp().item() == pytest.approx(20.0)
 
 

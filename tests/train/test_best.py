@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megarec.checkpoint.manifest import read_pointer
+from megarec.metrics.estimate import Estimate
 from megarec.parallel.groups import ProcessInfo
 from megarec.train.config import TrainConfig
 from megarec.train.run import train
@@ -21,9 +22,9 @@ class Scripted:
     def measure(self, trainer: Trainer, *_: Any) -> int:
         return trainer.step
 
-    def summarize(self, trainer: Trainer, shares: list[int]) -> dict[str, float]:
+    def summarize(self, trainer: Trainer, shares: list[int]) -> dict[str, Estimate]:
         assert shares == [trainer.step] * trainer.groups.world.size
-        return {"ndcg@10": SCORES[trainer.step]}
+        return {"ndcg@10": Estimate(value=SCORES[trainer.step], standard_error=0.01, count=60)}
 
 
 def scripted_run(process: ProcessInfo, config: TrainConfig) -> None:

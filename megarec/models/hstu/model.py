@@ -16,8 +16,9 @@ from megarec.parallel.parts import Parts
 class Hstu(RecModel):
     """A stack of HSTU blocks with no norm behind it; input as in the public research code.
 
-    The input is the item's row times sqrt(width) plus a learned position, which starts as normal(0, 1 / sqrt(width))
-    (published: normal cut at ±2, more than ten deviations away).
+    The input is the item's row times sqrt(width) plus a learned position, which starts as Xavier normal, with variance
+    2 / (max_positions + width). (The public code first fills the positions with std 1 / sqrt(width), and then once more
+    in `HSTU.reset_params`; on MovieLens-1M the first start costs .02 of HR@10 after ten passes.)
     """
 
     def __init__(self, config: HstuConfig, shape: InputShape, parts: Parts) -> None:
@@ -32,7 +33,8 @@ class Hstu(RecModel):
             )
             for layer in range(config.num_layers)
         ]
-        scale, std = config.width**0.5 if config.scale_input else 1.0, config.width**-0.5
+        scale = config.width**0.5 if config.scale_input else 1.0
+        std = (2.0 / (config.max_positions + config.width)) ** 0.5
         super().__init__(config, shape, parts, blocks=blocks, final_norm=None, input_scale=scale, position_std=std)
         self.num_time_buckets = config.block.num_time_buckets
 

@@ -1,15 +1,16 @@
 """Periodic evaluation, which names the best checkpoint."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from megarec.base.errors import UserError, nearest
 from megarec.base.files import read_records
 from megarec.base.progress import say
 from megarec.checkpoint.save import CheckpointWriter
+from megarec.metrics.estimate import Estimate
 from megarec.parallel.broadcast import broadcast_object, gather_objects
 from megarec.train import state
 from megarec.train.hooks.hook import Hook
@@ -25,8 +26,8 @@ class Evaluator(Protocol):
         """What this rank sees of its share of the users, given the whole weights."""
         ...
 
-    def summarize(self, trainer: Trainer, shares: list[Any]) -> dict[str, float]:
-        """The metrics of all shares together, such as `ndcg@10`; the same on every rank."""
+    def summarize(self, trainer: Trainer, shares: list[Any]) -> dict[str, Estimate]:
+        """The metrics of all shares together, such as `ndcg@10`, equal on every rank; an error may be nan."""
         ...
 
 
@@ -59,26 +60,28 @@ class EvaluationHook(Hook):
         share = self._evaluator.measure(trainer, *state.whole_weights(trainer))
         metrics = self._evaluator.summarize(trainer, gather_objects(share, trainer.groups.world))
         if trainer.groups.world.rank == 0:
-            with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": trainer.step, "metrics": metrics}) + "\n")
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            say(f"evaluation at step {trainer.step}  {shown}")
-            if trainer.config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                with SummaryWriter(str(self._run_dir / "tensorboard")) as board:
-                    for name, value in metrics.items():
-                        board.add_scalar(f"evaluation/{name}", value, trainer.step)
+            self._write(trainer, metrics)
         self._keep_best(trainer, metrics)
 
-    def _keep_best(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        metric = trainer.config.checkpoint.keep_best
-        if metric is None:
-            return
-        if metric not in metrics:
-            raise UserError(f"no metric '{metric}'", where="checkpoint.keep_best", fix=nearest(metric, list(metrics)))
-        if metrics[metric] > self._best:
-            self._best = metrics[metric]
+    def _write(self, trainer: Trainer, metrics: dict[str, Estimate]) -> None:
+        config, values = trainer.config, {name: estimate.value for name, estimate in metrics.items()}
+        errors = {name: e.standard_error for name, e in metrics.items() if not math.isnan(e.standard_error)}
+        record = {"step": trainer.step, "metrics": values, "standard_errors": errors, "protocol": config.protocol.label}
+        with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        say(f"evaluation at step {trainer.step}  {shown}")
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(str(self._run_dir / "tensorboard")) as board:
+                for name, value in values.items():
+                    board.add_scalar(f"evaluation/{name}", value, trainer.step)
+
+    def _keep_best(self, trainer: Trainer, metrics: dict[str, Estimate]) -> None:
+        best = metrics.get(trainer.config.checkpoint.keep_best or "")  # what these users leave undefined is not there
+        if best is not None and best.value > self._best:
+            self._best = best.value
             if self._writer.newest_step != trainer.step:
                 state.save(self._writer, trainer)
             self._writer.mark_best(trainer.step)

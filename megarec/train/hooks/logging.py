@@ -73,6 +73,7 @@ class LoggingHook(Hook):
         if self._is_main:
             say(
                 f"read {read['events']:,} events of {read['histories']:,} histories; left out: "
+                f"{read['sampled_out_events']:,} events by stochastic length, "
                 f"{read['dropped_events']:,} events older than their windows, "
                 f"{read['short_histories']:,} histories of less than two events"
             )

@@ -17,8 +17,8 @@ from megarec.inference.bundle import BundleConfig, open_bundle, write_bundle
 from megarec.inference.evaluate import ask
 from megarec.inference.histories import Histories, Prediction, Targets
 from megarec.inference.model import LocalModel
-from megarec.inference.protocol import Protocol
 from megarec.inference.recommend import Recommender
+from megarec.metrics.protocol import Protocol
 from megarec_tools.convert.command import ConvertConfig
 
 USERS_AT_ONCE = 16
@@ -33,7 +33,7 @@ def convert(config: ConvertConfig) -> None:
     trained = open_trained(Path(config.checkpoint))
     if not trained.is_checkpoint:
         raise UserError("this is a bundle already", where=config.checkpoint, fix="Give a run directory")
-    dataset = dataset_of(trained, config.data)
+    dataset = dataset_of([trained], config.data)
     # the bundle gets its name only after the gate
     with new_directory(Path(config.output)) as staging:
         write_bundle(

@@ -13,13 +13,21 @@ from pyarrow import parquet
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import SPLITS, FieldInfo
-from megarec.data.schema import FieldSchema
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketResult, read_columns, write_columns
+from megarec_tools.make_shards.item_files import ItemTables
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.shards import BucketUsers, ShardTask, vocabulary_path
 from megarec_tools.make_shards.split import SplitRule
-from megarec_tools.make_shards.vocabularies import Totals, find_edges, item_side_ids, make_vocabulary
+from megarec_tools.make_shards.vocabularies import (
+    Totals,
+    coarse_numbers,
+    count_values,
+    find_edges,
+    first_values,
+    item_side_ids,
+    make_vocabulary,
+)
 
 USERS_PER_ROW_GROUP = 1 << 20
 
@@ -43,7 +51,8 @@ class Assembly:
         rule: the split.
         staging: the folder of the new dataset.
         work: the folder of the buckets.
-        unsigned: the columns whose negative ids stand for those of 2^63 and more.
+        item_tables: what the item files say.
+        unsigned: the fields (also `user` and `item`) whose negative ids stand for those of 2^63 and more.
 
     Attributes:
         fields: after `finish_tables`: what `dataset.json` says of every field.
@@ -58,6 +67,7 @@ class Assembly:
         rule: SplitRule,
         staging: Path,
         work: Path,
+        item_tables: ItemTables,
         unsigned: frozenset[str],
     ) -> None:
         self._config = config
@@ -65,13 +75,15 @@ class Assembly:
         self._rule = rule
         self._staging = staging
         self._work = work
+        self._item_tables = item_tables
         self._unsigned = unsigned
         self._buckets: list[_BucketSize] = []
         self._values = {name: Totals(["raw"]) for name in layout.vocabulary_slots}
-        self._numbers = {name: Totals(["value"]) for name, field in self._schema.fields.items() if field.num_quantiles}
+        log_fields = self._schema.log_fields()
+        self._numbers = {name: Totals(["value"]) for name, field in log_fields.items() if field.num_quantiles}
         self._side = {
             name: Totals(["item", *(f"slot{slot}" for slot in range(field.max_values))])
-            for name, field in self._schema.fields.items()
+            for name, field in log_fields.items()
             if field.role == "item_side"
         }
         self._time_range: tuple[int, int] | None = None
@@ -116,12 +128,26 @@ class Assembly:
                 raise UserError(f"the split leaves nothing to {side}", where="split", fix=fix)
         (self._staging / "vocab").mkdir()
         (self._work / "vocabularies").mkdir()
-        vocabularies = {name: self._vocabulary(name) for name in self._values}
-        self.fields = {
-            name: self._field_info(name, field, vocabularies=vocabularies)
-            for name, field in {"item": None, **self._schema.fields}.items()
-        }
-        self._write_items(vocabularies)
+        items = self._item_vocabulary()
+        item_side = self._item_side(items)
+        counted = {name: totals.result() for name, totals in self._values.items() if name != "item"}
+        numbers = {name: totals.result() for name, totals in self._numbers.items()}
+        for name in self._schema.items.fields if self._schema.items else ():
+            field, values = self._schema.fields[name], count_values(item_side[name], items)
+            if field.kind in ("id", "categorical"):
+                counted[name] = values
+            elif field.num_quantiles:
+                coarse = pl.Series("value", coarse_numbers(values["raw"].to_numpy()))
+                numbers[name] = values.select(coarse, "train").group_by("value").agg(pl.col("train").sum())
+        vocabularies = {name: self._vocabulary(name, values) for name, values in counted.items()}
+        self.fields = {"item": FieldInfo(name="item", role="item", kind="id", num_ids=len(items) + 1)}
+        for name, field in self._schema.fields.items():
+            edges = find_edges(numbers[name], field.num_quantiles) if name in numbers else field.edges
+            num_real = {"numeric": len(edges) + 1, "flag": 2}.get(field.kind) or len(vocabularies[name])
+            self.fields[name] = FieldInfo(
+                name=name, role=field.role, kind=field.kind, num_ids=num_real + 1, slots=field.max_values, edges=edges
+            )
+        self._write_items(items, item_side=item_side, vocabularies=vocabularies)
         self._write_users()
 
     def shard_tasks(self) -> Iterator[ShardTask]:
@@ -157,53 +183,56 @@ class Assembly:
                     query_time=self._rule.query_time,
                 )
 
-    def _vocabulary(self, name: str) -> pl.DataFrame:
-        column = self._schema.item if name == "item" else self._schema.fields[name].column
-        totals = self._values[name].result()
-        vocabulary = make_vocabulary(
-            totals,
-            min_count=self._config.min_item_count if name == "item" else 1,
-            unsigned=column in self._unsigned,
-            name=name,
-        )
+    def _item_vocabulary(self) -> pl.DataFrame:
+        """The catalog: the items of the log that are frequent enough, and those that the item files add."""
+        totals, min_count = self._values["item"].result(), self._config.min_item_count
+        unseen = totals.filter(pl.col("train") == 0)
+        self.counts["items_unseen"] = int((unseen["catalog"] + unseen["target"] > 0).sum())
+        self.counts["targets_unseen"] = int(unseen["target"].sum())
+        if self._schema.items and self._schema.items.extends_catalog and min_count == 1:
+            known = totals.filter(pl.col("catalog") > 0)
+            added = self._item_tables.unseen(known["raw"]).alias("raw").to_frame()
+            added = added.with_columns(pl.lit(0, pl.Int64).alias("train"), pl.lit(1, pl.Int64).alias("catalog"))
+            totals = pl.concat([known, added], how="diagonal")
+            self.counts["items_added"] = len(added)
+        items = make_vocabulary(totals, min_count=min_count, unsigned="item" in self._unsigned, name="item")
+        if items.is_empty():
+            raise UserError(f"no item has min_item_count={min_count} events", fix="Lower it")
+        self.counts["items"] = len(items)
+        write_columns(vocabulary_path(self._work / "vocabularies", "item"), items.select("raw", "id").to_arrow())
+        return items
+
+    def _item_side(self, items: pl.DataFrame) -> dict[str, pl.DataFrame]:
+        """The value of each item in every item-side field, see `first_values`."""
+        if self._schema.items:
+            self.counts["items_undescribed"] = len(items) - self._item_tables.num_described(items["raw"])
+        found = {name: totals.result() for name, totals in self._side.items()} | self._item_tables.values(items["raw"])
+        side = {}
+        for name, totals in found.items():
+            side[name], num_conflicts = first_values(totals)
+            self.counts["item_side_conflicts"] += num_conflicts
+        return side
+
+    def _vocabulary(self, name: str, values: pl.DataFrame) -> pl.DataFrame:
+        vocabulary = make_vocabulary(values, min_count=1, unsigned=name in self._unsigned, name=name)
         write_columns(vocabulary_path(self._work / "vocabularies", name), vocabulary.select("raw", "id").to_arrow())
-        if name == "item":
-            unseen = totals.filter(pl.col("train") == 0)
-            if vocabulary.is_empty():
-                raise UserError(f"no item has min_item_count={self._config.min_item_count} events", fix="Lower it")
-            self.counts["items"] = len(vocabulary)
-            self.counts["items_unseen"] = int((unseen["catalog"] + unseen["target"] > 0).sum())
-            self.counts["targets_unseen"] = int(unseen["target"].sum())
-        else:
-            written = vocabulary.select("id", self._raw(vocabulary["raw"], column), "count")
-            parquet.write_table(written.to_arrow(), self._staging / "vocab" / f"{name}.parquet")
+        written = vocabulary.select("id", self._raw(vocabulary["raw"], name), "count")
+        parquet.write_table(written.to_arrow(), self._staging / "vocab" / f"{name}.parquet")
         return vocabulary
 
-    def _raw(self, values: pl.Series, column: str) -> pl.Series:
-        return values.reinterpret(signed=False) if column in self._unsigned else values
+    def _raw(self, values: pl.Series, name: str) -> pl.Series:
+        return values.reinterpret(signed=False) if name in self._unsigned else values
 
-    def _field_info(self, name: str, field: FieldSchema | None, *, vocabularies: dict[str, pl.DataFrame]) -> FieldInfo:
-        if field is None:
-            return FieldInfo(name="item", role="item", kind="id", num_ids=len(vocabularies["item"]) + 1)
-        edges = find_edges(self._numbers[name].result(), field.num_quantiles) if field.num_quantiles else field.edges
-        num_real = {"numeric": len(edges) + 1, "flag": 2}.get(field.kind) or len(vocabularies[name])
-        return FieldInfo(
-            name=name, role=field.role, kind=field.kind, num_ids=num_real + 1, slots=field.max_values, edges=edges
-        )
-
-    def _write_items(self, vocabularies: dict[str, pl.DataFrame]) -> None:
-        items = vocabularies["item"]
-        table = items.with_columns(self._raw(items["raw"], self._schema.item)).to_arrow()
-        for name, totals in self._side.items():
-            ids, num_conflicts = item_side_ids(
-                totals.result(),
-                self._schema.fields[name],
-                info=self.fields[name],
-                items=items,
-                vocabulary=vocabularies.get(name),
-            )
-            self.counts["item_side_conflicts"] += num_conflicts
-            table = table.append_column(name, ids)
+    def _write_items(
+        self, items: pl.DataFrame, *, item_side: dict[str, pl.DataFrame], vocabularies: dict[str, pl.DataFrame]
+    ) -> None:
+        table = items.with_columns(self._raw(items["raw"], "item")).to_arrow()
+        for name, field in self._schema.fields.items():
+            if field.role == "item_side":
+                ids = item_side_ids(
+                    item_side[name], field, info=self.fields[name], items=items, vocabulary=vocabularies.get(name)
+                )
+                table = table.append_column(name, ids)
         parquet.write_table(table, self._staging / "items.parquet")
 
     def _write_users(self) -> None:
@@ -227,6 +256,4 @@ class Assembly:
         users = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "users.arrow")))
         raw = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "raw_users.arrow")))["user"].alias("raw")
         trained_on = users["trained_on"].cast(pl.Boolean)
-        return self._raw(
-            raw.filter(trained_on if trained else ~trained_on & (users["num_targets"] > 0)), self._schema.user
-        )
+        return self._raw(raw.filter(trained_on if trained else ~trained_on & (users["num_targets"] > 0)), "user")

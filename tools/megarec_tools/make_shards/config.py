@@ -42,6 +42,7 @@ class MakeShardsConfig:
 
     Attributes:
         input: a file, a glob, a directory, or a list of them.
+        items: files that describe items, named as `input` is; the schema says how to read them.
         output: the directory to make; it must not exist or be empty.
         schema: the name of a ready schema, a yaml file, or `infer`.
         approve: go on with an inferred schema; without it the schema is printed and nothing is made.
@@ -59,6 +60,7 @@ class MakeShardsConfig:
     input: str | list[str]
     output: str
     schema: str
+    items: str | list[str] = ""
     approve: bool = False
     split: SplitConfig = field(default_factory=SplitConfig)
     users_per_block: int = 512

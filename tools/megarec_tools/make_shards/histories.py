@@ -14,12 +14,10 @@ from megarec.base.jagged import segment_positions
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.partition import read_batch
 from megarec_tools.make_shards.split import SplitRule, UserSplit
+from megarec_tools.make_shards.vocabularies import coarse_numbers
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-
-# Quantiles are found from numbers cut to 16 bits behind the point: exact for integers below 131,072, five digits else.
-_KEY_MASK = np.uint64(0xFFFF_FFFF_FFFF_FFFF << 36 & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +169,7 @@ def _item_side(
 ) -> dict[str, pl.DataFrame]:
     """The distinct values of every item in each item-side field; of vocabularies the raw value."""
     side = {}
-    for name, field in layout.schema.fields.items():
+    for name, field in layout.schema.log_fields().items():
         if field.role != "item_side":
             continue
         if name in codes:
@@ -196,11 +194,10 @@ def _decode(dictionary: pl.Series, codes: pl.Series) -> pl.Series:
 
 def _numbers(layout: Layout, frame: pl.DataFrame, *, train: Mask) -> dict[str, pl.DataFrame]:
     numbers = {}
-    for name, field in layout.schema.fields.items():
+    for name, field in layout.schema.log_fields().items():
         if field.num_quantiles:
             values = frame[name].filter(pl.Series(train)).drop_nulls().to_numpy()
-            coarse = (values.view(np.uint64) & _KEY_MASK).view(np.float64)
-            distinct, counts = np.unique(coarse, return_counts=True)
+            distinct, counts = np.unique(coarse_numbers(values), return_counts=True)
             numbers[name] = pl.DataFrame({"value": distinct, "train": counts})
     return numbers
 
@@ -220,7 +217,7 @@ def _write_bucket(
         if name == "item" or task.layout.schema.fields[name].role != "item_side":
             matrix = code.reshape(len(frame), -1)
             events |= {f"{name}/{slot}": np.ascontiguousarray(matrix[:, slot]) for slot in range(matrix.shape[1])}
-    for name, field in task.layout.schema.fields.items():
+    for name, field in task.layout.schema.log_fields().items():
         if name not in codes and field.role != "item_side":
             events[f"{name}/0"] = frame[name].fill_null(np.nan if field.kind == "numeric" else 0).to_numpy()
     write_columns(task.bucket / "events.arrow", pa.table(events))

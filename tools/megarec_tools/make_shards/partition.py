@@ -13,7 +13,7 @@ from megarec.base.random import derive_key, hash_numpy
 from megarec_tools.make_shards.log.cleaning import clean, keep_rows
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.log.pieces import Piece
-from megarec_tools.make_shards.log.reading import list_columns_of, read_piece
+from megarec_tools.make_shards.log.reading import explode_rows, list_columns_of, read_piece
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -34,13 +34,15 @@ class PartitionResult:
     """What was found in one piece.
 
     Attributes:
-        num_rows: rows read.
-        num_filtered: rows that the schema's `keep` left out.
-        num_events: rows laid aside.
+        num_file_rows: rows of the file.
+        num_rows: what was read: these rows, or the elements of their lists.
+        num_filtered: what the schema's `keep` left out of it.
+        num_events: what was laid aside.
         rejects: `row` (from 1, within the piece), `reason`, and `value` for the first row of each reason.
         signs: see `Rejects.signs`.
     """
 
+    num_file_rows: int
     num_rows: int
     num_filtered: int
     num_events: int
@@ -51,7 +53,11 @@ class PartitionResult:
 def partition_piece(task: PartitionTask) -> PartitionResult:
     """Runs one task."""
     schema = task.layout.schema
-    raw, broken = read_piece(task.piece, schema.columns(), list_columns=list_columns_of(schema))
+    raw, broken = read_piece(task.piece, schema.columns(), list_columns=list_columns_of(schema.log_fields().values()))
+    num_file_rows = len(raw) + len(broken)
+    if task.layout.exploded:
+        raw, unequal = explode_rows(raw)
+        broken = pl.concat([broken, unequal])
     kept = keep_rows(raw, schema.keep)
     frame, rejects = clean(kept, task.layout)
     hashes = hash_users(frame["user"], seed=task.seed)
@@ -62,6 +68,7 @@ def partition_piece(task: PartitionTask) -> PartitionResult:
     write_batches(task.spill, table, counts)
     rejected = pl.concat([broken, rejects.frame(kept["#row"])]).with_columns(pl.col("row") + 1)
     return PartitionResult(
+        num_file_rows=num_file_rows,
         num_rows=len(raw) + len(broken),
         num_filtered=len(raw) - len(kept),
         num_events=len(frame),

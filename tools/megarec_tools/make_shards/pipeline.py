@@ -1,5 +1,6 @@
 """From a log to a dataset directory, in three passes over data that never has to fit into memory.
 
+0. Item files are read and laid aside (`item_files`).
 1. Pieces of the log are read, cleaned and cut into buckets of users (`partition`).
 2. Each bucket is sorted, split and counted (`histories`); the counts become vocabularies (`vocabularies`).
 3. The users of each shard become blocks of ids (`shards`).
@@ -12,9 +13,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import polars as pl
 from pyarrow import parquet
 
 from megarec.base.errors import UserError
@@ -25,10 +27,11 @@ from megarec.data.schema import Schema, infer_schema, load_schema, schema_text
 from megarec_tools.make_shards.assembly import Assembly
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketTask, build_bucket
+from megarec_tools.make_shards.item_files import ItemFiles, ItemTables, decide_item_layouts, find_item_files
 from megarec_tools.make_shards.log.files import LogFiles, find_files
 from megarec_tools.make_shards.log.layout import Layout, decide_layout, narrow_schema
-from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, estimate_rows, require_columns
-from megarec_tools.make_shards.log.reading import read_sample
+from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, estimate_events, require_columns
+from megarec_tools.make_shards.log.reading import list_columns_of, read_sample
 from megarec_tools.make_shards.partition import PartitionTask, partition_piece
 from megarec_tools.make_shards.processes import OrderedMap, workers
 from megarec_tools.make_shards.shards import build_shard
@@ -50,34 +53,60 @@ def make_shards(config: MakeShardsConfig) -> Dataset:
     output = Path(config.output)
     refuse_occupied(output)
     rule = SplitRule(config.split, seed=config.seed)
-    files, schema = _open_log(config)
+    inputs = _open_inputs(config)
+    files, schema = inputs.log, inputs.schema
     if schema.timestamp is None and (rule.cut_us is not None or config.duplicates == "drop"):
         key = "split.rule=global_time" if rule.cut_us is not None else "duplicates=drop"
         raise UserError(f"{key} needs times, and the schema '{schema.name}' has no timestamp")
-    layout = decide_layout(read_sample(files, schema.columns(), schema=schema), schema)
+    lists = list_columns_of(schema.log_fields().values())
+    layout = decide_layout(read_sample(files, schema.columns(), written=schema, list_columns=lists), schema)
+    item_layouts = decide_item_layouts(inputs.item_files, layout)
     with new_directory(output) as staging, workers(_num_processes(config, files)) as ordered_map:
-        maker = _Maker(config, files=files, layout=layout, rule=rule, staging=staging, ordered_map=ordered_map)
+        work = staging / "unfinished"
+        work.mkdir()
+        items = ItemTables(item_layouts, work=work, max_rejects=config.max_rejects)
+        maker = _Maker(
+            config, files=files, layout=layout, items=items, rule=rule, staging=staging, ordered_map=ordered_map
+        )
+        maker.counts["absent_fields"] = inputs.num_absent_fields
         dataset, rejected = maker.run()
-    say(format_table(dataset.counts, rejected.by_reason))
+    reasons = {"rows_rejected": rejected.by_reason, "item_rows_rejected": items.rejected.by_reason}
+    say(format_table(dataset.counts, reasons))
     return replace(dataset, path=output)
 
 
-def _open_log(config: MakeShardsConfig) -> tuple[LogFiles, Schema]:
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The log, the item files with their columns, the schema without what all these lack, and how much they lack."""
+
+    log: LogFiles
+    item_files: ItemFiles
+    schema: Schema
+    num_absent_fields: int
+
+
+def _open_inputs(config: MakeShardsConfig) -> _Inputs:
     inputs = [config.input] if isinstance(config.input, str) else config.input
+    item_inputs = [config.items] if isinstance(config.items, str) else config.items
     schema = None if config.schema == "infer" else load_schema(config.schema)
     files = find_files(inputs, file_format=schema.file_format if schema else "auto")
     first = files.paths[0]
     if schema is None:
-        present = columns_of(first, files.format, schema=None)
-        schema = infer_schema(read_sample(files, present, schema=None).to_dict(as_series=False), where=str(first))
+        present = columns_of(first, files.format, written=None)
+        sample = read_sample(files, present, written=None).drop("#row")
+        schema = infer_schema(sample.to_dict(as_series=False), where=str(first))
         say(schema_text(schema).rstrip())
         if not config.approve:
             fix = "Save it as a yaml file and name that, or add approve=true"
             raise UserError("the schema above was inferred and is not approved yet", fix=fix)
-    schema = narrow_schema(schema, columns_of(first, files.format, schema=schema))
+    item_files = find_item_files(item_inputs, schema) if config.items else {}
+    columns_of_items = {column for _, columns in item_files.values() for column in columns}
+    present = columns_of(first, files.format, written=schema)
+    narrow = narrow_schema(schema, present, present_for_items=columns_of_items)
     for path in files.paths if files.format != "jsonl" else [first]:  # a key may be missing from a line
-        require_columns(columns_of(path, files.format, schema=schema), schema.columns(), path=path)
-    return files, schema
+        require_columns(columns_of(path, files.format, written=narrow), narrow.columns(), path=path)
+    absent = [name for name in (schema.items.fields if schema.items else ()) if name not in narrow.fields]
+    return _Inputs(log=files, item_files=item_files, schema=narrow, num_absent_fields=len(absent))
 
 
 def _num_processes(config: MakeShardsConfig, files: LogFiles) -> int:
@@ -97,6 +126,7 @@ class _Maker:
         *,
         files: LogFiles,
         layout: Layout,
+        items: ItemTables,
         rule: SplitRule,
         staging: Path,
         ordered_map: OrderedMap,
@@ -104,6 +134,7 @@ class _Maker:
         self.config = config
         self.files = files
         self.layout = layout
+        self.items = items
         self.rule = rule
         self.staging = staging
         self.ordered_map = ordered_map
@@ -112,8 +143,11 @@ class _Maker:
 
     def run(self) -> tuple[Dataset, RejectedRows]:
         """Makes every file of the dataset; `dataset.json` comes last."""
-        self.work.mkdir()
-        num_rows = estimate_rows(self.files, schema=self.layout.schema)
+        self.items.read(self.ordered_map)
+        self.counts["item_rows"] = self.items.rejected.num_rows
+        self.counts["item_rows_rejected"] = self.items.rejected.num_rejected
+        schema = self.layout.schema
+        num_rows = estimate_events(self.files, written=schema, item=schema.item)
         bits = min(MAX_BUCKET_BITS, max(0, -(-num_rows // EVENTS_PER_BUCKET) - 1).bit_length())
         spills, rejected, unsigned = self._partition(num_rows, bucket_bits=bits)
         assembly = Assembly(
@@ -122,6 +156,7 @@ class _Maker:
             rule=self.rule,
             staging=self.staging,
             work=self.work,
+            item_tables=self.items,
             unsigned=unsigned,
         )
         self._build_buckets(spills, assembly, num_buckets=1 << bits)
@@ -134,7 +169,8 @@ class _Maker:
                 shards.append(shard)
                 progress.update(shard.events + shard.targets)
         shutil.rmtree(self.work)
-        parquet.write_table(rejected.frame().to_arrow(), self.staging / "rejects.parquet")
+        rejects = pl.concat([rejected.frame(), self.items.rejected.frame()])
+        parquet.write_table(rejects.to_arrow(), self.staging / "rejects.parquet")
         dataset = Dataset(
             path=self.staging,
             schema=self.layout.schema,
@@ -148,14 +184,16 @@ class _Maker:
         return dataset, rejected
 
     def _partition(self, num_rows: int, *, bucket_bits: int) -> tuple[list[Path], RejectedRows, frozenset[str]]:
-        """The first pass: the spill files in the order of the log, the rejected rows, the columns of unsigned ids."""
+        """The first pass: the spill files in the order of the log, the rejected rows, the fields of unsigned ids."""
+        schema = self.layout.schema
         rejected = RejectedRows(self.files.paths, self.config.max_rejects)
         spills: list[Path] = []
         pieces: list[Piece] = []
 
         def tasks() -> Iterator[PartitionTask]:
-            for piece in cut_pieces(self.files, schema=self.layout.schema):
-                pieces.append(replace(piece, text=b""))
+            lists = schema.columns() if self.layout.exploded else ()
+            for piece in cut_pieces(self.files, written=schema, list_columns=lists, item=schema.item):
+                pieces.append(replace(piece, text=b"", batch=None))
                 spills.append(self.work / f"piece-{piece.number:06d}.arrow")
                 yield PartitionTask(
                     piece=piece, layout=self.layout, bucket_bits=bucket_bits, seed=self.config.seed, spill=spills[-1]
@@ -165,7 +203,12 @@ class _Maker:
         read_bytes = 0
         with bar(title="read", total=num_rows, unit=" rows") as progress:
             for number, result in enumerate(self.ordered_map(partition_piece, tasks())):
-                rejected.add(result.rejects, file=pieces[number].file, num_rows=result.num_rows)
+                rejected.add(
+                    result.rejects,
+                    file=pieces[number].file,
+                    num_rows=result.num_rows,
+                    num_file_rows=result.num_file_rows,
+                )
                 self.counts["rows_filtered"] += result.num_filtered
                 signs |= result.signs
                 read_bytes += pieces[number].read_bytes
@@ -176,12 +219,26 @@ class _Maker:
         self.counts["rows"], self.counts["rows_rejected"] = rejected.num_rows, rejected.num_rejected
         if rejected.num_rows == rejected.num_rejected + self.counts["rows_filtered"]:
             raise UserError("the log has no rows to use", where=str(self.files.paths[0]), fix="Check input and keep")
-        unsigned = {column for column, sign in signs if sign == "big"}
-        both = sorted(unsigned & {column for column, sign in signs if sign == "negative"})
+        return spills, rejected, self._unsigned_fields(signs)
+
+    def _unsigned_fields(self, signs: set[tuple[str, str]]) -> frozenset[str]:
+        """The fields whose ids reach 2^63, from the signs of the log's columns and of the item files'."""
+        schema = self.layout.schema
+        of_log = {"user": schema.user, "item": schema.item, **{n: f.column for n, f in schema.log_fields().items()}}
+        of_items = {}
+        if schema.items:
+            of_items = {"item": schema.items.item, **{n: schema.fields[n].column for n in schema.items.fields}}
+        found: dict[str, set[str]] = {"big": set(), "negative": set()}
+        for columns, seen in ((of_log, signs), (of_items, self.items.signs)):
+            for name, column in columns.items():
+                for sign in found:
+                    found[sign] |= {name} if (column, sign) in seen else set()
+        both = sorted(found["big"] & found["negative"])
         if both:
-            what = f"the column '{both[0]}' has ids below 0 and ids of 2^63 and more"
-            raise UserError(what, fix=f"List '{both[0]}' in the schema's text_columns")
-        return spills, rejected, frozenset(unsigned)
+            column = of_log.get(both[0]) or of_items[both[0]]
+            what = f"the column '{column}' has ids below 0 and ids of 2^63 and more"
+            raise UserError(what, fix=f"List '{column}' in the schema's text_columns")
+        return frozenset(found["big"])
 
     def _build_buckets(self, spills: list[Path], assembly: Assembly, *, num_buckets: int) -> None:
         """The second pass."""

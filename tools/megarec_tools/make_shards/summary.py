@@ -12,10 +12,15 @@ COUNTS = {
     "rows": "rows read",
     "rows_filtered": "rows left out by the schema's keep",
     "rows_rejected": "rows rejected",
+    "item_rows": "rows of item files read",
+    "item_rows_rejected": "rows of item files rejected",
+    "absent_fields": "item-side fields left out: in no file",
     "duplicates": "rows that repeat another",
     "users": "users",
     "one_event_users": "users of one event",
     "items": "items",
+    "items_added": "items that only item files have",
+    "items_undescribed": "items that no item file has",
     "events": "events",
     "train_users": "train users",
     "train_events": "train events",
@@ -54,10 +59,17 @@ class RejectedRows:
         """Rows rejected so far."""
         return sum(self.by_reason.values())
 
-    def add(self, rejects: pl.DataFrame, *, file: int, num_rows: int) -> None:
-        """Adds the next piece of a file: its rejected rows and how many rows it has."""
+    def add(self, rejects: pl.DataFrame, *, file: int, num_rows: int, num_file_rows: int | None = None) -> None:
+        """Adds the next piece of a file.
+
+        Args:
+            rejects: what of it was rejected, by the row of the piece.
+            file: index of the file.
+            num_rows: how much was read.
+            num_file_rows: how many rows the piece has, if that is not the same.
+        """
         before = self._rows_of_file.get(file, 0)
-        self._rows_of_file[file] = before + num_rows
+        self._rows_of_file[file] = before + (num_rows if num_file_rows is None else num_file_rows)
         self.num_rows += num_rows
         if len(rejects):
             ordered = rejects.sort("row").with_columns(pl.col("row") + before)
@@ -85,7 +97,7 @@ class RejectedRows:
             f"{self.num_rejected} of {self.num_rows} rows cannot be used ({counts}). "
             f"First: row {row} of {self._paths[file]}, {reason}: {value!r}"
         )
-        raise UserError(what, fix=f"Mend the log, or allow more than max_rejects={self._max_share:g}")
+        raise UserError(what, fix=f"Mend the file, or allow more than max_rejects={self._max_share:g}")
 
     def frame(self) -> pl.DataFrame:
         """`file`, `row` (from 1, the header not counted) and `reason` of every rejected row."""
@@ -94,13 +106,18 @@ class RejectedRows:
         return pl.concat([empty, *texts])
 
 
-def format_table(counts: dict[str, int], by_reason: dict[str, int]) -> str:
-    """The counts as aligned lines, the reasons of rejects below their sum; zeros that say nothing are left out."""
+def format_table(counts: dict[str, int], reasons: dict[str, dict[str, int]]) -> str:
+    """The counts as aligned lines; zeros that say nothing are left out.
+
+    Args:
+        counts: by the keys of `COUNTS`.
+        reasons: by the key of a count: the parts of it, which stand below it.
+    """
     lines: list[tuple[str, int]] = []
     for key, title in COUNTS.items():
         if counts[key] or key in _ALWAYS:
             lines.append((title, counts[key]))
-        if key == "rows_rejected":
-            lines += [(f"  {reason}", count) for reason, count in sorted(by_reason.items(), key=lambda x: -x[1])]
+        parts = sorted(reasons.get(key, {}).items(), key=lambda x: -x[1])
+        lines += [(f"  {reason}", count) for reason, count in parts]
     width = max(len(title) for title, _ in lines)
     return "\n".join(f"{title:<{width}}  {count:>14,}" for title, count in lines)

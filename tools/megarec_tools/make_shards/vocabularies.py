@@ -15,6 +15,9 @@ MERGE_ROWS = 4_000_000
 MAX_IDS = 1 << 31
 _SUMS = ("train", "catalog", "target")
 
+# Quantiles are found from numbers cut to 16 bits behind the point: exact for integers below 131,072, five digits else.
+_KEY_MASK = np.uint64(0xFFFF_FFFF_FFFF_FFFF << 36 & 0xFFFF_FFFF_FFFF_FFFF)
+
 
 class Totals:
     """Adds up frames of distinct values, holding little more than the distinct values of all of them.
@@ -63,9 +66,14 @@ def make_vocabulary(totals: pl.DataFrame, *, min_count: int, unsigned: bool, nam
     return ordered.insert_column(0, ids).rename({"train": "count"}).drop("catalog", "target")
 
 
+def coarse_numbers(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The numbers that quantiles are found from: few enough to count, five digits of each."""
+    return (values.view(np.uint64) & _KEY_MASK).view(np.float64)
+
+
 def find_edges(totals: pl.DataFrame, num_quantiles: int) -> tuple[float, ...]:
     """The values at rank floor(j n / num_quantiles) of n sorted train values, each once, without the smallest."""
-    ordered = totals.sort("value")
+    ordered = totals.filter(pl.col("train") > 0).sort("value")
     values, ends = ordered["value"].to_numpy(), np.cumsum(ordered["train"].to_numpy())
     if not len(values):
         return ()
@@ -89,19 +97,34 @@ def map_raw(raw: pl.Series, vocabulary: pl.DataFrame) -> npt.NDArray[np.int32]:
     return joined["id"].fill_null(0).to_numpy().astype(np.int32, copy=False)
 
 
-def item_side_ids(
-    totals: pl.DataFrame, field: FieldSchema, *, info: FieldInfo, items: pl.DataFrame, vocabulary: pl.DataFrame | None
-) -> tuple[pa.Array, int]:
-    """The ids of one item-side field in the order of the items, and how many items had more than one value.
-
-    An item's value is that of its earliest event; equal times are decided by the lower value.
-    """
+def first_values(totals: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """One row per item: its earliest value, of equal times the lowest. And how many items had more than one value."""
     slots = [c for c in totals.columns if c.startswith("slot")]
     ordered = totals.sort("item", "time", *slots, nulls_last=True)
     first = ordered.unique("item", keep="first", maintain_order=True)
+    return first, int((ordered.group_by("item").len()["len"] > 1).sum())
+
+
+def count_values(first: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """The values of one item-side field as if each event of an item had them: `raw`, `train`, `catalog`, `target`.
+
+    Args:
+        first: the values of each item, of `first_values`.
+        items: the vocabulary of the items; every one of them counts once in `catalog`.
+    """
+    joined = first.join(items.select("raw", "count"), left_on="item", right_on="raw")
+    slots = [joined.select(pl.col(c).alias("raw"), train="count") for c in joined.columns if c.startswith("slot")]
+    counted = pl.concat(slots).drop_nulls("raw").group_by("raw")
+    return counted.agg(pl.col("train").sum(), pl.len().cast(pl.Int64).alias("catalog"), pl.lit(0).alias("target"))
+
+
+def item_side_ids(
+    first: pl.DataFrame, field: FieldSchema, *, info: FieldInfo, items: pl.DataFrame, vocabulary: pl.DataFrame | None
+) -> pa.Array:
+    """The ids of one item-side field in the order of the items, from the value of each item (`first_values`)."""
     joined = items.select("raw").join(first, left_on="raw", right_on="item", how="left", maintain_order="left")
     columns = []
-    for slot in slots:
+    for slot in (c for c in first.columns if c.startswith("slot")):
         values = joined[slot]
         if vocabulary is not None:
             ids = map_raw(values, vocabulary)
@@ -112,8 +135,7 @@ def item_side_ids(
         if info.slots > 1:
             ids = np.where(values.is_null().to_numpy(), np.int32(-1), ids)
         columns.append(ids)
-    num_conflicts = int((ordered.group_by("item").len()["len"] > 1).sum())
     if info.slots == 1:
-        return pa.array(columns[0], pa.int32()), num_conflicts
+        return pa.array(columns[0], pa.int32())
     flat = pa.array(np.stack(columns, axis=1).ravel().astype(np.int32))
-    return pa.FixedSizeListArray.from_arrays(flat, info.slots), num_conflicts
+    return pa.FixedSizeListArray.from_arrays(flat, info.slots)

@@ -10,7 +10,7 @@ import polars as pl
 from megarec.base.errors import UserError
 from megarec.data.schema import FieldSchema, Schema
 from megarec.data.values import FALSE_TEXTS, MAX_TIME_US, MICROSECONDS, TRUE_TEXTS, parse_time
-from megarec_tools.make_shards.log.layout import Layout, slot_columns
+from megarec_tools.make_shards.log.layout import ItemLayout, Layout, slot_columns
 from megarec_tools.make_shards.log.reading import NOT_SCALAR, UNREADABLE
 
 _YEAR_1973_US = 100_000_000 * 1_000_000
@@ -80,28 +80,45 @@ def clean(frame: pl.DataFrame, layout: Layout) -> tuple[pl.DataFrame, Rejects]:
     schema = layout.schema
     rejects = Rejects(len(frame))
     columns = [
-        _ids(frame[schema.user], layout, rejects=rejects, required=True).alias("user"),
-        _ids(frame[schema.item], layout, rejects=rejects, required=True).alias("item"),
+        _ids(frame[schema.user], layout.integers, rejects=rejects, required=True).alias("user"),
+        _ids(frame[schema.item], layout.integers, rejects=rejects, required=True).alias("item"),
         _times(frame, schema, layout=layout, rejects=rejects).alias("time"),
     ]
-    for name, field in schema.fields.items():
-        columns += _field(frame[field.column], name, layout=layout, rejects=rejects)
+    for name, field in schema.log_fields().items():
+        columns += _field(frame[field.column], name, field, integers=layout.integers, rejects=rejects)
+    return _good_rows(columns, rejects), rejects
+
+
+def clean_items(frame: pl.DataFrame, layout: ItemLayout) -> tuple[pl.DataFrame, Rejects]:
+    """The usable rows of an item file: `row`, `item`, and its fields as `clean` gives them. And the rest."""
+    rejects = Rejects(len(frame))
+    columns = [
+        frame["#row"].cast(pl.Int64).alias("row"),
+        _ids(frame[layout.item], layout.integers, rejects=rejects, required=True).alias("item"),
+    ]
+    for name, field in layout.fields.items():
+        columns += _field(frame[field.column], name, field, integers=layout.integers, rejects=rejects)
+    return _good_rows(columns, rejects), rejects
+
+
+def _good_rows(columns: list[pl.Series], rejects: Rejects) -> pl.DataFrame:
     good = pl.Series(rejects.code == 0)
     cleaned = pl.DataFrame(columns)
-    return (cleaned if good.all() else cleaned.filter(good)), rejects
+    return cleaned if good.all() else cleaned.filter(good)
 
 
-def _field(values: pl.Series, name: str, *, layout: Layout, rejects: Rejects) -> list[pl.Series]:
-    field = layout.schema.fields[name]
+def _field(
+    values: pl.Series, name: str, field: FieldSchema, *, integers: frozenset[str], rejects: Rejects
+) -> list[pl.Series]:
     if isinstance(values.dtype, pl.List | pl.Array) and field.max_values == 1:
         raise UserError(f"the column '{field.column}' holds lists", fix=f"Set fields.{name}.max_values in the schema")
     if field.max_values > 1:
         lists = _lists(values, field)
         slots = slot_columns(name, field)
         picked = [lists.list.get(slot, null_on_oob=True).alias(field.column) for slot in range(len(slots))]
-        return [_ids(p, layout, rejects=rejects).alias(s) for s, p in zip(slots, picked, strict=True)]
+        return [_ids(p, integers, rejects=rejects).alias(s) for s, p in zip(slots, picked, strict=True)]
     if field.kind in ("id", "categorical"):
-        return [_ids(values, layout, rejects=rejects).alias(name)]
+        return [_ids(values, integers, rejects=rejects).alias(name)]
     if field.kind == "flag" and field.at_least is None:
         return [_flags(values, rejects=rejects).alias(name)]
     numbers = _numbers(values, rejects=rejects)
@@ -122,9 +139,9 @@ def _lists(values: pl.Series, field: FieldSchema) -> pl.Series:
     return values.list.head(field.max_values)
 
 
-def _ids(values: pl.Series, layout: Layout, *, rejects: Rejects, required: bool = False) -> pl.Series:
+def _ids(values: pl.Series, integers: frozenset[str], *, rejects: Rejects, required: bool = False) -> pl.Series:
     column = values.name
-    ids = _integers(values, rejects) if column in layout.integers else _texts(values, rejects)
+    ids = _integers(values, rejects) if column in integers else _texts(values, rejects)
     if required:
         rejects.note(ids.is_null(), f"no id in '{column}'", values)
     return ids

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megarec.base.errors import UserError
 
-LogFormat = Literal["parquet", "csv", "tsv", "jsonl"]
+LogFormat = Literal["parquet", "csv", "tsv", "jsonl", "sequences"]
 
 FORMATS: dict[str, LogFormat] = {
     ".parquet": "parquet",
@@ -16,7 +16,9 @@ FORMATS: dict[str, LogFormat] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".inter": "tsv",
+    ".item": "tsv",
     ".jsonl": "jsonl",
+    ".json": "jsonl",
     ".ndjson": "jsonl",
 }
 COMPRESSIONS = (".gz", ".zst")
@@ -70,7 +72,7 @@ def _expand(text: str) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise UserError("no such file" if not path.is_dir() else "no files in here", where=text, fix="Check input")
+        raise UserError("no such file" if not path.is_dir() else "no files in here", where=text, fix="Check the path")
     return found
 
 
@@ -82,7 +84,9 @@ def _kind_of(path: Path, file_format: str) -> tuple[LogFormat, str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     suffix = suffixes[-1] if suffixes else ""
-    kind = FORMATS.get(suffix) or {f: f for f in FORMATS.values()}.get(file_format)  # type: ignore[call-overload]
+    kind: LogFormat | None = FORMATS.get(suffix) or {f: f for f in FORMATS.values()}.get(file_format)  # type: ignore
+    if file_format == "sequences":
+        kind = "sequences"  # of a file of any suffix: there is nothing in it that could say so
     if kind is None:
         fix = f"Use one of {', '.join(FORMATS)} (and .gz or .zst), or set file_format in the schema"
         raise UserError("the suffix does not say the format", where=str(path), fix=fix)

@@ -1,26 +1,29 @@
 """A log cut into pieces that workers read on their own: row groups of Parquet files, whole lines of text files."""
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import zstandard
 from pyarrow import ArrowException, parquet
 
 from megarec.base.errors import UserError, nearest
-from megarec.data.schema import Schema
+from megarec.data.schema import FileFormat
 from megarec_tools.make_shards.log.files import COMPRESSIONS, LogFiles, LogFormat
 
 PIECE_ROWS = 1 << 20
 PIECE_BYTES = 16 << 20
 MAX_ROW_BYTES = 64 << 20
 SAMPLE_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _ZSTD_WINDOW = 1 << 27
 
@@ -47,8 +50,10 @@ class Piece:
         file: index of the file in the log.
         path: of the file.
         format: of the file.
-        row_groups: Parquet: the row groups to read.
+        row_groups: Parquet: the row groups to read,
+        batch: or what was read, of a log whose rows hold lists.
         text: otherwise: whole lines, without the header.
+        first_line: sequences: the number of the first line in the log, from 1.
         names: csv and tsv: the names of all columns.
         style: csv and tsv.
         read_bytes: how much of the log's bytes was read to make this piece.
@@ -59,20 +64,25 @@ class Piece:
     path: Path
     format: LogFormat
     row_groups: tuple[int, ...] = ()
+    batch: pa.RecordBatch | None = None
     text: bytes = b""
+    first_line: int = 1
     names: tuple[str, ...] = ()
     style: TextStyle | None = None
     read_bytes: int = 0
 
 
-def text_style(schema: Schema | None, file_format: LogFormat) -> TextStyle:
-    """The delimiter and the quotes of a log: the schema's, or those of its format."""
-    delimiter = (schema.delimiter if schema else None) or ("\t" if file_format == "tsv" else ",")
-    quoted = schema.quoted if schema and schema.quoted is not None else file_format == "csv" and len(delimiter) == 1
+def text_style(written: FileFormat | None, file_format: LogFormat) -> TextStyle:
+    """The delimiter and the quotes of a file: the schema's, or those of its format."""
+    delimiter = (written.delimiter if written else None) or ("\t" if file_format == "tsv" else ",")
+    quoted = written.quoted if written and written.quoted is not None else file_format == "csv" and len(delimiter) == 1
     return TextStyle(delimiter=delimiter, quoted=quoted)
 
 
-def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> list[str]:
+SEQUENCE_COLUMNS = ["line", "items"]
+
+
+def columns_of(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> list[str]:
     """The names of the columns of a file; of JSON lines, the keys of its first lines.
 
     Raises:
@@ -81,69 +91,95 @@ def columns_of(path: Path, file_format: LogFormat, *, schema: Schema | None) -> 
     if file_format == "parquet":
         return list(open_parquet(path).schema_arrow.names)
     if file_format == "jsonl":
-        keys = _json_keys(_first_lines(path))
+        keys = _json_keys(_first_lines(path, written=written))
         if not keys:
             raise UserError("none of its first lines is a JSON object", where=str(path), fix="Check input")
         return keys
-    if schema is not None and schema.column_names:
-        return list(schema.column_names)
-    return _header(_first_lines(path).split(b"\n", 1)[0], path=path, style=text_style(schema, file_format))
+    if file_format == "sequences":
+        return SEQUENCE_COLUMNS
+    if written is not None and written.column_names:
+        return list(written.column_names)
+    line = _first_lines(path, written=written).split(b"\n", 1)[0]
+    return _header(line, path=path, style=text_style(written, file_format))
 
 
-def cut_pieces(files: LogFiles, *, schema: Schema) -> Iterator[Piece]:
+def cut_pieces(
+    files: LogFiles, *, written: FileFormat, list_columns: Sequence[str] = (), item: str = ""
+) -> Iterator[Piece]:
     """All pieces of a log, in order.
+
+    Args:
+        files: the log.
+        written: how it is written.
+        list_columns: of a Parquet log whose rows hold lists: the columns to read. Its row groups may hold far more
+            than a piece should, so that they are read here, some rows at a time.
+        item: the column of these whose lists are counted.
 
     Raises:
         UserError: a file is damaged or is not what its suffix says.
     """
-    number = 0
+    number, first_line = 0, 1
     for index, path in enumerate(files.paths):
-        parts = _row_groups(path) if files.format == "parquet" else _text_pieces(path, files.format, schema=schema)
         names: tuple[str, ...] = ()
         style = None
         if files.format in ("csv", "tsv"):
-            names, style = tuple(columns_of(path, files.format, schema=schema)), text_style(schema, files.format)
-        for row_groups, text, read_bytes in parts:
+            names, style = tuple(columns_of(path, files.format, written=written)), text_style(written, files.format)
+        parts: Iterator[dict[str, Any]]
+        if files.format != "parquet":
+            parts = _text_pieces(path, files.format, written=written)
+        elif list_columns:
+            parts = _row_batches(path, list_columns, item=item)
+        else:
+            parts = _row_groups(path)
+        for part in parts:
             yield Piece(
                 number=number,
                 file=index,
                 path=path,
                 format=files.format,
-                row_groups=row_groups,
-                text=text,
                 names=names,
                 style=style,
-                read_bytes=read_bytes,
+                first_line=first_line,
+                **part,
             )
             number += 1
+            if files.format == "sequences":
+                first_line += part["text"].count(b"\n") + (not part["text"].endswith(b"\n"))
 
 
-def first_text_piece(path: Path, file_format: LogFormat, *, schema: Schema | None) -> Piece:
+def first_text_piece(path: Path, file_format: LogFormat, *, written: FileFormat | None) -> Piece:
     """The first rows of a text file as a piece of their own."""
-    text = _first_lines(path)
+    text = _first_lines(path, written=written)
     text = text[: text.rfind(b"\n") + 1] or text
     names: tuple[str, ...] = ()
-    if file_format != "jsonl":
-        names = tuple(columns_of(path, file_format, schema=schema))
-        if schema is None or not schema.column_names:
+    if file_format in ("csv", "tsv"):
+        names = tuple(columns_of(path, file_format, written=written))
+        if written is None or not written.column_names:
             text = text.partition(b"\n")[2]
-    style = text_style(schema, file_format)
+    style = text_style(written, file_format)
     return Piece(number=0, file=0, path=path, format=file_format, text=text, names=names, style=style)
 
 
-def estimate_rows(files: LogFiles, *, schema: Schema) -> int:
-    """The rows of a log: exact for Parquet, for text from the length of the first rows."""
+def estimate_events(files: LogFiles, *, written: FileFormat, item: str) -> int:
+    """The events of a log: exact for Parquet, for text from the length of the first rows.
+
+    Args:
+        files: the log.
+        written: how it is written.
+        item: the column of the item, which may hold one value or a list of them.
+    """
     if files.format == "parquet":
-        return sum(int(open_parquet(path).metadata.num_rows) for path in files.paths)
-    sample = first_text_piece(files.paths[0], files.format, schema=schema).text
+        return sum(_num_values(open_parquet(path).metadata, item) for path in files.paths)
+    sample = first_text_piece(files.paths[0], files.format, written=written).text
     expansion = 1 if files.paths[0].suffix.lower() not in COMPRESSIONS else 4
-    return files.num_bytes * expansion * (sample.count(b"\n") + 1) // (len(sample) + 1)
+    num_events = len(sample.split()) if files.format == "sequences" else sample.count(b"\n") + 1
+    return files.num_bytes * expansion * num_events // (len(sample) + 1)
 
 
 def open_parquet(path: Path) -> parquet.ParquetFile:
     """An opened Parquet file; a damaged one is a `UserError`."""
     try:
-        return parquet.ParquetFile(path, memory_map=False)
+        return parquet.ParquetFile(path, memory_map=False, buffer_size=READ_BYTES)
     except (ArrowException, OSError) as error:
         raise damaged_parquet(path, error) from None
 
@@ -154,7 +190,28 @@ def damaged_parquet(path: Path, error: Exception) -> UserError:
     return UserError(f"damaged or truncated Parquet file ({first_line})", where=str(path), fix="Copy it again")
 
 
-def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
+def _num_values(metadata: Any, column: str, *, row_groups: Iterable[int] | None = None) -> int:
+    """How many values a column of a Parquet file has, those of its lists counted one by one."""
+    groups = [metadata.row_group(g) for g in (range(metadata.num_row_groups) if row_groups is None else row_groups)]
+    names = [metadata.schema.column(at).path.split(".")[0] for at in range(metadata.num_columns)]
+    return sum(int(group.column(names.index(column)).num_values) for group in groups)
+
+
+def _row_batches(path: Path, columns: Sequence[str], *, item: str) -> Iterator[dict[str, Any]]:
+    file = open_parquet(path)
+    for index in range(file.metadata.num_row_groups):
+        num_rows = int(file.metadata.row_group(index).num_rows)
+        num_values = _num_values(file.metadata, item, row_groups=[index])
+        size = max(1, PIECE_ROWS * num_rows // max(1, num_values))
+        batches = file.iter_batches(size, row_groups=[index], columns=list(columns), use_threads=False)
+        try:
+            for batch in batches:
+                yield {"batch": batch}
+        except (ArrowException, OSError) as error:
+            raise damaged_parquet(path, error) from None
+
+
+def _row_groups(path: Path) -> Iterator[dict[str, Any]]:
     metadata = open_parquet(path).metadata
     group: list[int] = []
     num_rows = 0
@@ -162,15 +219,15 @@ def _row_groups(path: Path) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
         group.append(index)
         num_rows += metadata.row_group(index).num_rows
         if num_rows >= PIECE_ROWS or index == metadata.num_row_groups - 1:
-            yield tuple(group), b"", 0
+            yield {"row_groups": tuple(group)}
             group, num_rows = [], 0
 
 
-def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Iterator[tuple[tuple[int, ...], bytes, int]]:
-    quoted = file_format == "csv" and text_style(schema, file_format).quoted
-    skip_header = file_format != "jsonl" and not schema.column_names
+def _text_pieces(path: Path, file_format: LogFormat, *, written: FileFormat) -> Iterator[dict[str, Any]]:
+    quoted = file_format == "csv" and text_style(written, file_format).quoted
+    skip_header = file_format in ("csv", "tsv") and not written.column_names
     rest, read_so_far = bytearray(), 0
-    for data, position in _decompressed(path):
+    for data, position in _text_of(path, written=written):
         rest += data
         if skip_header:
             if b"\n" not in rest:
@@ -184,11 +241,11 @@ def _text_pieces(path: Path, file_format: LogFormat, *, schema: Schema) -> Itera
             if len(rest) > MAX_ROW_BYTES:
                 raise UserError(f"a row is longer than {MAX_ROW_BYTES >> 20} MB", where=str(path))
             continue
-        yield (), bytes(rest[:end]), position - read_so_far
+        yield {"text": bytes(rest[:end]), "read_bytes": position - read_so_far}
         del rest[:end]
         read_so_far = position
     if rest and not skip_header:
-        yield (), bytes(rest), path.stat().st_size - read_so_far
+        yield {"text": bytes(rest), "read_bytes": path.stat().st_size - read_so_far}
 
 
 def _last_row_end(text: bytearray, *, quoted: bool) -> int:
@@ -208,15 +265,30 @@ def _last_row_end(text: bytearray, *, quoted: bool) -> int:
     return last  # a stray quote: the parser will say which row it is in
 
 
-def _decompressed(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The bytes of a file with how far into the file they reach; without the byte order mark."""
+def _text_of(path: Path, *, written: FileFormat | None) -> Iterator[tuple[bytes, int]]:
+    """The text of a file in UTF-8, without the byte order mark, and how far into the file each part of it reaches."""
     chunks = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _plain)(path)
-    first = True
+    encoding = written.encoding if written else "utf-8"
+    first, first_accent = True, encoding != "utf-8"
     for data, position in chunks:
         if first and data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError("the text is UTF-16", where=str(path), fix="Convert it to UTF-8")
-        yield data.removeprefix(_BOM) if first else data, position
+        data = data.removeprefix(_BOM) if first else data
+        if first_accent and not data.isascii():
+            _refuse_utf_8(data, path=path, encoding=encoding)
+            first_accent = False
+        yield data if encoding == "utf-8" else data.decode(encoding).encode(), position
         first = first and not data
+
+
+def _refuse_utf_8(data: bytes, *, path: Path, encoding: str) -> None:
+    """Latin-1 letters all but never stand together as UTF-8 ones do, so that text of both kinds is UTF-8."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return
+    what = f"the schema says {encoding}, but the text is UTF-8"
+    raise UserError(what, where=str(path), fix="Copy the schema and set encoding to utf-8")
 
 
 def _plain(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -255,10 +327,10 @@ def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
             raise UserError("the zstd file is truncated", where=str(path), fix="Copy it again")
 
 
-def _first_lines(path: Path) -> bytes:
+def _first_lines(path: Path, *, written: FileFormat | None) -> bytes:
     """At least the first line of a text file, if it has one."""
     text = b""
-    for data, _ in _decompressed(path):
+    for data, _ in _text_of(path, written=written):
         text += data
         if len(text) >= SAMPLE_BYTES and b"\n" in text:
             break

@@ -1,6 +1,6 @@
 """From a piece of a log to a polars frame of its raw columns; lines that are no rows are named, not lost."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from pyarrow import ArrowException
 from pyarrow import csv as arrow_csv
 
 from megarec.base.errors import UserError
-from megarec.data.schema import Schema
+from megarec.data.schema import FieldSchema, FileFormat
 from megarec_tools.make_shards.log.files import LogFiles
 from megarec_tools.make_shards.log.pieces import (
     Piece,
@@ -24,6 +24,7 @@ SAMPLE_ROWS = 10_000
 
 NOT_A_ROW = "the line has another number of values than the header"
 NOT_JSON = "the line is no JSON object"
+NOT_EQUAL = "the lists of the row have different lengths"
 NOT_SCALAR = "\x00"  # stands for an object where a value should be; no id or number can contain it
 UNREADABLE = "\ufffd"  # what bytes that are not UTF-8 become
 
@@ -46,20 +47,46 @@ def read_piece(
     """
     if piece.format == "parquet":
         return _read_parquet(piece, columns)
+    if piece.format == "sequences":
+        return _read_sequences(piece), _broken([], NOT_A_ROW)
     if piece.format == "jsonl":
         return _read_json_lines(piece.text, columns, list_columns=list_columns)
     return _read_delimited(piece, columns)
 
 
-def list_columns_of(schema: Schema) -> set[str]:
+def list_columns_of(fields: Iterable[FieldSchema]) -> set[str]:
     """The columns that fields of several values are read from."""
-    return {field.column for field in schema.fields.values() if field.max_values > 1}
+    return {field.column for field in fields if field.max_values > 1}
+
+
+def explode_rows(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """One row per element of the lists of each row; columns without lists repeat. And the rows of unequal lists.
+
+    An empty list, or none, is a user without events.
+    """
+    lists = [column for column in frame.columns if isinstance(frame[column].dtype, pl.List)]
+    lengths = frame.select(pl.col(lists).list.len().fill_null(0))
+    least, most = lengths.min_horizontal(), lengths.max_horizontal()
+    unequal = (least != most).to_numpy()
+    rows = frame["#row"].to_numpy()[unequal].tolist() if unequal.any() else []
+    values = [str(lengths.row(at, named=True)) for at in np.flatnonzero(unequal).tolist()]
+    exploded = frame.filter((least == most) & (most > 0)).explode(lists)
+    return exploded, _broken(list(zip(rows, values, strict=True)), NOT_EQUAL)
+
+
+def _read_sequences(piece: Piece) -> pl.DataFrame:
+    lines = piece.text.decode("utf-8", errors="replace").removesuffix("\n").split("\n")
+    numbers = pl.Series("#row", np.arange(len(lines)))
+    items = pl.Series("items", lines, dtype=pl.String).str.extract_all(r"\S+")
+    return pl.DataFrame([numbers, (numbers + piece.first_line).alias("line"), items])
 
 
 def _read_parquet(piece: Piece, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
     try:
-        file = open_parquet(piece.path)
-        table = file.read_row_groups(list(piece.row_groups), columns=list(columns), use_threads=False)
+        table: Any = piece.batch
+        if table is None:
+            file = open_parquet(piece.path)
+            table = file.read_row_groups(list(piece.row_groups), columns=list(columns), use_threads=False)
         frame = pl.DataFrame(pl.from_arrow(table))
     except (ArrowException, OSError, pl.exceptions.PolarsError) as error:
         raise damaged_parquet(piece.path, error) from None
@@ -159,8 +186,14 @@ def _broken(rows: list[tuple[int, str]], reason: str) -> pl.DataFrame:
     )
 
 
-def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | None) -> pl.DataFrame:
-    """The first rows of a log: enough of them to decide what its columns hold.
+def read_sample(
+    files: LogFiles,
+    columns: Sequence[str],
+    *,
+    written: FileFormat | None,
+    list_columns: Collection[str] | None = None,
+) -> pl.DataFrame:
+    """The first rows of a log: enough of them to decide what its columns hold; for the arguments see `read_piece`.
 
     Raises:
         UserError: the log has no rows.
@@ -172,11 +205,10 @@ def read_sample(files: LogFiles, columns: Sequence[str], *, schema: Schema | Non
                 batch = next(batches, None)
             except (ArrowException, OSError) as error:
                 raise damaged_parquet(path, error) from None
-            frame = pl.DataFrame(pl.from_arrow(batch)) if batch is not None else pl.DataFrame()
+            frame = pl.DataFrame(pl.from_arrow(batch)).with_row_index("#row") if batch is not None else pl.DataFrame()
         else:
-            piece = first_text_piece(path, files.format, schema=schema)
-            lists = list_columns_of(schema) if schema else None
-            frame = read_piece(piece, columns, list_columns=lists)[0].head(SAMPLE_ROWS)
+            piece = first_text_piece(path, files.format, written=written)
+            frame = read_piece(piece, columns, list_columns=list_columns)[0].head(SAMPLE_ROWS)
         if len(frame):
-            return frame.select(columns)
+            return frame
     raise UserError("the log has no rows", where=str(files.paths[0]), fix="Check input")
