@@ -93,7 +93,7 @@ def test_every_picture_is_in_the_view_of_some_axis(tmp_path: Path) -> None:
 
 def test_what_runs_say_is_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a & <b>", head=EVIL + "$x^{", settings={"note": EVIL})
-    write_evaluation(run, [result_row(EVIL, 0.25)], changed=["filter_seen"], split=EVIL)
+    write_evaluation(run, [result_row(EVIL, 0.25)], changed=["filter_seen"])
     (tmp_path / "papers.yaml").write_text(json.dumps({EVIL: {"hr@10": 0.5, "protocol": "hstu_public", "source": EVIL}}))
     tags = parse(page_of(run, title=EVIL, references=str(tmp_path / "papers.yaml")))
     assert {"script", "img"}.isdisjoint(tag for tag, _ in tags.seen)

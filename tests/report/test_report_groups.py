@@ -1,12 +1,13 @@
 """Seeds of one experiment are one group, and its curve is their mean; anything else keeps runs apart."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from megarec_tools.report.groups import differing_settings, group_runs, join_curves, spread
 from megarec_tools.report.runs import read_runs
 
-from tests.report.report_runs import write_run
+from tests.report.report_runs import PROTOCOL, write_run
 
 
 def groups_of(*runs: Path) -> list[tuple[str, list[str]]]:
@@ -23,7 +24,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.2}, {"split": "valid", "settings": {"evaluate_split": "valid"}}])
+@pytest.mark.parametrize("change", [{"lr": 0.2}, {"protocol": replace(PROTOCOL, split="valid")}])
 def test_any_other_setting_keeps_runs_apart(tmp_path: Path, change: dict[str, object]) -> None:
     runs = [write_run(tmp_path / "a", seed=0), write_run(tmp_path / "b", seed=1, **change)]  # type: ignore[arg-type]
     assert [name for name, _ in groups_of(*runs)] == ["a", "b"]

@@ -1,6 +1,7 @@
 """Tables of results: exact means and noise, rules that keep tables apart, and what the choice of a step was worth."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from megarec_tools.report.references import read_references
 from megarec_tools.report.tables import Table
 
 from megarec.base.errors import UserError
+from megarec.metrics.protocol import PROTOCOLS, Protocol
 from tests.report.report_runs import PROTOCOL, result_row, write_evaluation, write_run
+
+VALID = replace(PROTOCOL, split="valid")
 
 
 def results_of(*runs: Path, evaluations: tuple[Path, ...] = (), **settings: Any) -> list[Table]:
@@ -40,8 +44,7 @@ def test_the_first_of_equal_steps_is_the_best_and_keep_best_names_the_metric(tmp
     run = write_run(tmp_path / "a", ndcg={20: 0.3, 40: 0.3, 50: 0.1})
     assert [row[1] for row in rows_of(results_of(run)[0])] == ["last: 50", "best: 20"]
     records = [
-        {"step": step, "metrics": {"ndcg@10": -step / 100, "mrr": step / 100}, "protocol": "p", "split": "eval"}
-        for step in (20, 40, 30)
+        {"step": step, "metrics": {"ndcg@10": -step / 100, "mrr": step / 100}, "protocol": "p"} for step in (20, 40, 30)
     ]
     other = write_run(tmp_path / "b", settings={"checkpoint": {"keep_best": "mrr"}})
     (other / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -56,7 +59,7 @@ def test_best_is_last_needs_one_row_and_no_warning(tmp_path: Path) -> None:
 
 
 def test_a_step_chosen_on_valid_is_reported_on_eval_without_reproach(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", ndcg={20: 0.3, 40: 0.4, 50: 0.2}, split="valid")
+    run = write_run(tmp_path / "a", ndcg={20: 0.3, 40: 0.4, 50: 0.2}, protocol=VALID)
     checkpoint = run / "checkpoints" / "step-00000040"
     write_evaluation(tmp_path / "final", [result_row("a", 0.25, run=str(checkpoint), step=40, seed=0)])
     valid, final = results_of(run, evaluations=(tmp_path / "final",))
@@ -103,29 +106,37 @@ def test_other_steps_are_shown_when_they_were_measured_by_hand(tmp_path: Path) -
     assert [row[1] for row in rows_of(table)] == ["last: 50", "best: 20", "30"]
 
 
-RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "another split": ({"split": "valid"}, {}),
-    "a changed field": ({"changed": ["filter_seen"]}, {}),
-    "another dataset": ({"data": "elsewhere"}, {}),
-    "fewer users": ({"max_users": 5}, {}),
-    "another protocol": ({}, {"protocol": {**PROTOCOL, "name": "full_filter"}}),
-    "another window": ({}, {"protocol": {**PROTOCOL, "max_history_events": 50}}),
+RULES: dict[str, tuple[dict[str, Any], Protocol]] = {
+    "another split": ({}, VALID),
+    "a changed field": ({}, replace(PROTOCOL, filter_seen="full")),
+    "another dataset": ({"data": "elsewhere"}, PROTOCOL),
+    "fewer users": ({"max_users": 5}, PROTOCOL),
+    "another protocol": ({}, PROTOCOLS["full_filter"]),
+    "another window": ({}, replace(PROTOCOL, max_history_events=50)),
 }
 
 
 @pytest.mark.parametrize("fault", RULES)
 def test_different_rules_never_share_a_table(tmp_path: Path, fault: str) -> None:
-    whole, row = RULES[fault]
+    facts, protocol = RULES[fault]
     run = write_run(tmp_path / "a", ndcg={50: 0.2})
     write_evaluation(tmp_path / "x", [result_row("MostPop", 0.0625)])
-    write_evaluation(tmp_path / "y", [result_row("MostPop", 0.125, **row)], **whole)
+    write_evaluation(tmp_path / "y", [result_row("MostPop", 0.125, protocol=protocol)], protocol=protocol, **facts)
     tables = results_of(run, evaluations=(tmp_path / "x", tmp_path / "y"))
     assert [[row[0] for row in table.rows] for table in tables] == [["a", "MostPop"], ["MostPop"]]
     assert all("protocol" in table.title and "split" in table.title for table in tables)
+    assert len({(table.title, *table.notes) for table in tables}) == 2
+
+
+def test_other_metrics_are_no_other_rules(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", ndcg={50: 0.2}, protocol=PROTOCOLS["hstu_public"])
+    write_evaluation(tmp_path / "x", [result_row("MostPop", 0.0625)])
+    assert len(results_of(run, evaluations=(tmp_path / "x",))) == 1
 
 
 def test_runs_under_different_protocols_share_no_chart(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=0.2, protocol="hstu_public, filter_seen=full")]
+    full = replace(PROTOCOL, filter_seen="full")
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=0.2, protocol=full)]
     content = read_content(ReportConfig(runs=tuple(map(str, runs))))
     assert len(content.results) == 2
     for chart in content.curves["Evaluation during training"]:
@@ -176,7 +187,7 @@ def test_quoted_rows(tmp_path: Path) -> None:
     assert list(table.header)[3:] == ["hr@10", "ndcg@10", "mrr"]
     assert list(table.rows[-1]) == ["HSTU (quoted)", "", "", "0.3097", "-", "0.1500"]
     assert "Quoted rows were not measured here (HSTU: its README)" in " ".join(table.notes)
-    other = write_run(tmp_path / "b", lr=0.2, protocol="full_filter")
+    other = write_run(tmp_path / "b", lr=0.2, protocol=PROTOCOLS["full_filter"])
     with pytest.raises(UserError, match=r"'HSTU' fits 2 tables\. Name its protocol"):
         results_of(run, other, references=str(papers))
     papers.write_text("HSTU: {hr@10: 0.3097, protocol: full_filter}\n")

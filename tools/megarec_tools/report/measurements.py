@@ -15,7 +15,8 @@ class Rules:
     """Numbers under equal rules can be compared, others cannot.
 
     Attributes:
-        protocol: its name and the fields that were changed, as `hstu_public, filter_seen=full`.
+        protocol: its name and the fields that were changed, as `hstu_public, filter_seen=full`, but for `split` and
+            `metrics`.
         split: the part of the dataset whose targets were asked for, `eval` or `valid`.
         window: the newest events of a history that were read; None: all.
         max_users: at most so many users were measured; 0: all.
@@ -180,18 +181,14 @@ def _rows(results: dict[str, Any], runs: Sequence[Run], *, owner: Run | None) ->
 
 def _rules_of_row(results: dict[str, Any], row: dict[str, Any]) -> Rules:
     protocol, counts = mapping(row.get("protocol")), mapping(row.get("counts"))
-    changed = results.get("changed")
-    label = [str(protocol.get("name"))]
-    for name in changed if isinstance(changed, list) else []:
-        value = protocol.get(name)
-        label.append(f"{name}={'[' + ','.join(map(str, value)) + ']' if isinstance(value, list) else value}")
-    fields = {key: value for key, value in protocol.items() if key not in ("name", "metrics", "ks")}
+    changed, metrics = results.get("changed"), protocol.get("metrics")
+    label = [f"{name}={protocol.get(name)}" for name in changed] if isinstance(changed, list) else []
+    fields = {key: value for key, value in protocol.items() if key not in ("name", "split", "metrics")}
     details = [f"split by {_listed(mapping(row.get('split')))}", _listed(fields)]
     details += [f"{counts[key]:,} {key}" for key in ("users", "targets") if isinstance(counts.get(key), int)]
-    split, metrics = results.get("split"), protocol.get("metrics")
     return Rules(
-        protocol=", ".join(label),
-        split=split if isinstance(split, str) else "eval",
+        protocol=_comparable([str(protocol.get("name")), *label]),
+        split=str(protocol.get("split", "eval")),
         window=_count(protocol.get("max_history_events")),
         max_users=_count(results.get("max_users")) or 0,
         data=dataset_name(results.get("data")),
@@ -204,13 +201,19 @@ def _rules_of_record(run: Run, record: dict[str, Any]) -> Rules:
     """The rules of a periodic evaluation: what its record says, and the settings of its run."""
     settings, stream = mapping(run.config.get("protocol")), mapping(run.config.get("stream"))
     window = settings.get("max_history_events")
+    label = str(record.get("protocol", "default")).split(", ")
     return Rules(
-        protocol=str(record.get("protocol", settings.get("name", "default"))),
-        split=str(record.get("split", "eval")),
+        protocol=_comparable(label),
+        split="valid" if "split=valid" in label else "eval",
         window=_count(stream.get("max_history_events") if window is None else window),
         max_users=_count(run.config.get("evaluate_users")) or 0,
         data=dataset_name(run.config.get("data")),
     )
+
+
+def _comparable(label: Sequence[str]) -> str:
+    """The parts of a protocol's label that decide what a number means; the split stands for itself."""
+    return ", ".join(part for part in label if not part.startswith(("split=", "metrics=")))
 
 
 def _count(value: Any) -> int | None:

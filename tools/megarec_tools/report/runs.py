@@ -90,7 +90,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def dataset_name(path: Any) -> str:
     """A dataset that lies here is called by what is in it, so that a copy is the same; else by its path."""
     described = Path(str(path)) / "dataset.json"
-    return f"dataset {sha256_of(described)[:12]}" if described.is_file() else str(Path(str(path)).resolve())
+    return f"dataset {sha256_of(described)[:12]}" if described.is_file() else str(path)
 
 
 def read_yaml(path: Path, *, what: str) -> dict[Any, Any]:

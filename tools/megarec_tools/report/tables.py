@@ -209,7 +209,7 @@ def _moment(name: str, seeds: Sequence[Measurement]) -> str:
 def _notes(rules: Rules, rows: Sequence[Row], quoted: Sequence[Reference]) -> list[str]:
     said = [m.rules.details for row in rows for m in row.seeds if m.rules.details]
     window = f"Histories of the newest {rules.window:,} events." if rules.window else "Whole histories."
-    notes = [f"{said[0]}." if said else window]
+    notes = [f"{said[0]}." if said else window, f"Data: {rules.data}."]
     if any(measurement.errors for row in rows for measurement in row.seeds):
         notes.append(NOISE)
     if any(len(row.seeds) > 1 for row in rows):
