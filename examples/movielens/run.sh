@@ -89,7 +89,7 @@ data=$output/data-$protocol
 if [[ -f $data/dataset.json ]]; then
   printf 'using the shards in %s\n' "$data"
 else
-  step megarec-make-shards "${files[@]}" output="$data" split.validation_users=$split
+  step megarec-make-shards "${files[@]}" output="$data" users_per_block=64 split.validation_users=$split
 fi
 
 settings=(experiment="$experiment" data="$data" protocol="$rules" "${choice[@]}" "$@")

@@ -167,7 +167,8 @@ def test_feedback_has_tables_of_its_own(tmp_path: Path) -> None:
         for step in (20, 50)
     ]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    rate = {"feedback": {"listened": {"auc": 0.625, "count": 9.0}}, "flat": {}, "ranking": {}}
+    rates = {"listened": {"auc": 0.625, "count": 9.0}, "liked": {"auc": 0.5}}  # the run does not predict `liked`
+    rate = {"feedback": rates, "flat": {}, "ranking": {}}
     write_evaluation(run, [{**result_row("item rate", 0.1), **rate}])
     ranking, feedback = results_of(run)
     assert list(ranking.header) == ["", "step", "seeds", "ndcg@10"]

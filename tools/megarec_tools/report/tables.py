@@ -98,11 +98,11 @@ def result_tables(
 
 
 def feedback_tables(groups: Sequence[Group], measured: Sequence[Measurement]) -> list[Table]:
-    """One table for each set of rules and feedback field."""
+    """One table for each set of rules and feedback field that a run predicts."""
     tables = []
     for rules in dict.fromkeys(measurement.rules for measurement in measured):
         here = [measurement for measurement in measured if measurement.rules == rules]
-        for head in dict.fromkeys(name for measurement in here for name in measurement.feedback):
+        for head in dict.fromkeys(name for m in here if m.run is not None for name in m.feedback):
             of_head = [replace(m, values=m.feedback[head], errors={}) for m in here if m.feedback.get(head)]
             shown = [c for c in FEEDBACK_COLUMNS if any(c in m.values for m in of_head)]
             tables.append(_result_table(groups, f"feedback {head}: {rules.title}", of_head, shown))
