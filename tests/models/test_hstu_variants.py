@@ -73,7 +73,7 @@ def research(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tens
 
 
 def production(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tensor) -> Tensor:
-    """generative_recommenders/modules/stu.py, ops/hstu_compute.py, ops/pytorch/pt_hstu_linear.py, pt_hstu_attention.py."""
+    """generative_recommenders/modules/stu.py, ops/hstu_compute.py, ops/pytorch/pt_hstu_{linear,attention}.py."""
     n = len(x)
     normed = F.layer_norm(x, (WIDTH,), w["_input_norm_weight"], w["_input_norm_bias"], eps=1e-6)
     uvqk = torch.addmm(w["_uvqk_beta"], normed, w["_uvqk_weight"])
