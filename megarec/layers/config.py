@@ -112,6 +112,8 @@ class HeadsConfig:
         query_residual: adds the state to what the query's MLP gives.
         query_width: width of queries and item vectors.
         hidden_width: hidden width of the MLPs.
+        feedback_head: feedback is an MLP of the state and, in the fused layout, of the next context and item; or, with
+            `product_swish`, it reads the product of the state and the next item's rows.
         item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
         normalize: queries and item vectors have length 1.
         temperature: scores are divided by it; where it is learned, its first value.
@@ -122,6 +124,7 @@ class HeadsConfig:
     query_residual: bool = False
     query_width: int = 64
     hidden_width: int = 128
+    feedback_head: Literal["mlp", "product_swish"] = "mlp"
     item_tower: Literal["none", "linear", "mlp"] = "linear"
     normalize: bool = True
     temperature: float = 0.05

@@ -47,6 +47,18 @@ class HeadNorm(nn.Module):
         return normed * scale + shift
 
 
+class SwishNorm(nn.Module):
+    """`x sigmoid(LN(x))`, the gate of the public production code of HSTU (ops/pytorch/pt_layer_norm.py)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, width]` to `[*, width]`."""
+        return x * torch.sigmoid(self.norm(x))
+
+
 def unit_vectors(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / max(|x|, eps)` over the last dimension, in fp32 or wider."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=eps)

@@ -38,6 +38,12 @@ SHARED_SWITCHES = {
     "row_is_item": {"heads": replace(HEADS, item_tower="none", query_width=6)},
     "item_mlp": {"heads": replace(HEADS, item_tower="mlp")},
     "not_normalized": {"heads": replace(HEADS, normalize=False)},
+    "product": {"table_width": 12, "heads": replace(HEADS, feedback_head="product_swish")},
+    "product_item_action": {
+        "token_layout": "item_action",
+        "table_width": 12,
+        "heads": replace(HEADS, feedback_head="product_swish"),
+    },
     "fixed_temperature": {"heads": replace(HEADS, learn_temperature=False, temperature=0.2)},
 }
 BLOCK_SWITCHES = {

@@ -135,6 +135,14 @@ class Twin:
 
     def feedback(self, states: Tensor, user: int, event: int) -> Tensor:
         """The logits of all heads for event t + 1, end to end."""
+        if self.config.heads.feedback_head == "product_swish":
+            per_event = self.config.tokens_per_event
+            state = states[event] if per_event == 1 else states[(event + 1) * per_event + per_event - 2]
+            hidden = self.linear("feedback.mlp.hidden", state * self.sum_of(self.shape.item, user, event + 1))
+            normed = (hidden - hidden.mean()) / torch.sqrt(hidden.var(unbiased=False) + 1e-5)
+            norm = "feedback.mlp.activation.norm"
+            gate = torch.sigmoid(normed * self.p[f"{norm}.scale"] + self.p[f"{norm}.shift"])
+            return self.linear("feedback.mlp.out", hidden * gate)
         if self.config.token_layout == "fused":
             known = [states[event]]
             known += [self.sum_of(s, user, event + 1) for s in (self.shape.context, self.shape.item) if s]
