@@ -42,9 +42,9 @@ while (($#)); do
 done
 
 case $model in
-  hstu) experiment=public/hstu_ml1m ;;
-  hstu_large) experiment=public/hstu_ml1m_large ;;
-  sasrec) experiment=public/sasrec_ml1m ;;
+  hstu) experiment=hstu_ml1m ;;
+  hstu_large) experiment=hstu_ml1m_large ;;
+  sasrec) experiment=sasrec_ml1m ;;
   *) refuse "model: '$model' is not hstu, hstu_large or sasrec" ;;
 esac
 case $protocol in

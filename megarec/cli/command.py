@@ -4,7 +4,7 @@ This and its siblings in `megarec.cli` are the only places that know hydra; noth
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -157,23 +157,20 @@ def _explain(error: Exception, presets: str | None, overrides: list[str]) -> Use
 
 
 def _preset_names(presets: str | None) -> dict[str, list[str]]:
-    """The names of the settings files in `megarec.conf` by what they are for: `model: [argus/mini, ...]`.
-
-    What starts with an underscore is shared by others and cannot be chosen.
-    """
+    """The names of the settings files in `megarec.conf` by what they are for: `model: [argus/mini, ...]`."""
     entries = resources.files("megarec.conf").iterdir() if presets else ()
     folders = sorted((e for e in entries if e.is_dir() and not e.name.startswith("_")), key=lambda e: e.name)
     return {folder.name: sorted(_names_below(folder)) for folder in folders}
 
 
-def _names_below(folder: Traversable) -> list[str]:
-    names = []
+def _names_below(folder: Traversable) -> Iterator[str]:
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.name.startswith("_"):
-            names += [f"{entry.name}/{name}" for name in _names_below(entry)]
+        if entry.name.startswith("_"):  # a part of other files
+            continue
+        if entry.is_dir():
+            yield from (f"{entry.name}/{name}" for name in _names_below(entry))
         elif entry.name.endswith(".yaml"):
-            names.append(entry.name.removesuffix(".yaml"))
-    return names
+            yield entry.name.removesuffix(".yaml")
 
 
 def _help(
@@ -182,9 +179,7 @@ def _help(
     lines = [f"{name} key=value ...", "", about.strip(), ""]
     if names:
         lines += ["Ready settings; --help beside one shows its keys:", ""]
-        for group, members in names.items():
-            lines += wrap(" | ".join(members), HELP_WIDTH, initial_indent=f"  {group}=", subsequent_indent=" " * 6)
-        lines += [""]
+        lines += [f"  {group}={'|'.join(members)}" for group, members in names.items()] + [""]
     lines += ["Keys, their defaults (??? must be given) and what they mean:", ""]
     for key, value in flatten(settings).items():
         lines.append(f"  {key}={'' if value is None else value}")
