@@ -55,7 +55,7 @@ def test_log_to_recommendations(tmp_path: Path, model: str) -> None:
     for row in ("MostPop", "DecayPop", "ItemKNN", "Markov", "oracle", "item rate", "user rate"):
         assert row in table
     assert re.search(
-        r"\nread [\d,]+ events of [\d,]+ histories; left out: [\d,]+ events older than their windows", table
+        r"\nread [\d,]+ events of [\d,]+ histories; left out: 0 events by stochastic length, [\d,]+ events older", table
     )
     assert (tmp_path / "run" / "tensorboard").is_dir()
     last = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()][-1]
