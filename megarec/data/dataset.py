@@ -20,9 +20,10 @@ from megarec.data.schema import FieldKind, Schema
 
 FORMAT = "megarec-dataset-1"
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "valid", "eval"]
+AskedSplit = Literal["valid", "eval"]
 
-SPLITS: tuple[Split, Split] = ("train", "eval")
+SPLITS: tuple[Split, ...] = ("train", "valid", "eval")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megarec.base.errors import UserError
 from megarec.base.jagged import Int64, gather_indices, lengths_to_offsets, segment_positions
 from megarec.data.block import Array, Block
-from megarec.data.dataset import Dataset
+from megarec.data.dataset import AskedSplit, Dataset
 from megarec.data.packs import Int32
 from megarec.data.reader import BlockReader
 
@@ -50,36 +51,51 @@ class EvaluationBatch:
 
 
 def evaluation_batches(
-    dataset: Dataset, *, max_history_events: int, users_per_batch: int, rank: int = 0, world: int = 1
+    dataset: Dataset,
+    *,
+    split: AskedSplit = "eval",
+    max_history_events: int,
+    users_per_batch: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[EvaluationBatch]:
-    """The users of the eval split that have a target, in the order of the shards, in batches of one block each.
+    """The users of a split that have a target, in the order of the shards, in batches of one block each.
 
     The batches of all ranks, rank after rank, are the batches of one process. Every rank gets the same number of them:
     those without users are there to run every collective.
 
     Args:
         dataset: what to read.
+        split: `eval`, or `valid` to tune on.
         max_history_events: the newest so many events of a history are given.
         users_per_batch: the most users of a batch.
         rank: whose batches to give.
         world: the number of ranks.
 
     Raises:
-        UserError: a shard is missing or damaged.
+        UserError: the dataset has no such split; a shard is missing or damaged.
     """
-    reader = BlockReader(dataset, "eval")
-    plan = _plan(reader, users_per_batch=users_per_batch)
+    if not dataset.shards_of(split):
+        fix = "Make the shards with split.validation_users or split.validation" if split == "valid" else ""
+        raise UserError(f"the dataset has no split '{split}'", where=str(dataset.path), fix=fix)
+    sizes = {"users_per_batch": users_per_batch, "max_history_events": max_history_events}
+    return _batches(dataset, BlockReader(dataset, split), sizes=sizes, rank=rank, world=world)
+
+
+def _batches(
+    dataset: Dataset, reader: BlockReader, *, sizes: dict[str, int], rank: int, world: int
+) -> Iterator[EvaluationBatch]:
+    plan = _plan(reader, users_per_batch=sizes["users_per_batch"])
     per_rank = -(-len(plan) // world)
     mine = plan[rank * per_rank : (rank + 1) * per_rank].tolist()
-    sizes = {"users_per_batch": users_per_batch, "max_history_events": max_history_events}
-    sizes["num_ids"] = dataset.fields["item"].num_ids
+    num_ids = dataset.fields["item"].num_ids
     held, block = -1, _empty_block(dataset)
     for number, part in mine:
         if number != held:
             held, block = number, reader.read(number)
-        yield _make_batch(block, part=part, **sizes)
+        yield _make_batch(block, part=part, num_ids=num_ids, **sizes)
     for _ in range(per_rank - len(mine)):
-        yield _make_batch(_empty_block(dataset), part=0, **sizes)
+        yield _make_batch(_empty_block(dataset), part=0, num_ids=num_ids, **sizes)
 
 
 def _plan(reader: BlockReader, *, users_per_batch: int) -> Int64:

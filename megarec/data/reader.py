@@ -47,7 +47,7 @@ class BlockReader:
         """
         data, where = self._bytes(number)
         block = decode_block(data, where=where)
-        if (block.target_offsets is not None) != (self._split == "eval"):
+        if (block.target_offsets is not None) != (self._split != "train"):
             raise UserError(f"not a block of the {self._split} split", where=where)
         targets = self._event_columns(block.target_columns, where=where) if block.target_columns else {}
         return replace(block, columns=self._event_columns(block.columns, where=where), target_columns=targets)

@@ -53,38 +53,53 @@ class HstuBlockConfig:
         num_heads: attention heads.
         qk_head_width: channels of a query and a key, per head.
         v_head_width: channels of a value and a gate, per head.
-        silu_on: SiLU follows the first linear map on all of U, V, Q, K (research) or on U only (production).
+        weighting: pairs weigh SiLU of their score over `scaling_events`, or the softmax of it over the history (the
+            ablation of the paper; without biases).
+        silu_on: SiLU follows the first linear map on all of U, V, Q, K (research), on U only (production) or nowhere.
         scale: factor of q·k: one (research) or 1 / sqrt(qk_head_width) (production).
         scaling_events: the fixed divisor of the attention sum (211 in the public ML-1M configuration).
         position_bias: adds a learned number per distance in tokens to q·k.
         num_time_buckets: adds a learned number per log bucket of elapsed time to q·k; 0: none (published: 128).
         output_norm: normalises the attention output over the channels of all heads together or of each head.
-        norm_affine: whether the two norms of the block have a learned scale and shift (research: no).
+        input_norm_affine: whether the norm of the input has a learned scale and shift (research: no).
+        output_norm_affine: whether the norm of the attention output has them, per channel or per head (research: no).
         concat: what enters the output map, besides the gated norm `U * norm(A)`: nothing; `U` and `norm(A)`
             (research, `concat_ua`); or `U` and `A` (production).
         uvqk_bias: whether the first linear map has a bias.
         output_bias: whether the output map has one.
+        residual: whether the input is added to the output.
     """
 
     num_heads: int = 2
     qk_head_width: int = 32
     v_head_width: int = 32
-    silu_on: Literal["uvqk", "u"] = "uvqk"
+    weighting: Literal["silu", "softmax"] = "silu"
+    silu_on: Literal["uvqk", "u", "none"] = "uvqk"
     scale: Literal["one", "inverse_sqrt_width"] = "one"
     scaling_events: float = 211.0
     position_bias: bool = True
     num_time_buckets: int = 0
     output_norm: Literal["all_heads", "per_head"] = "all_heads"
-    norm_affine: bool = False
+    input_norm_affine: bool = False
+    output_norm_affine: bool = False
     concat: Literal["none", "u_and_norm", "u_and_attention"] = "none"
     uvqk_bias: bool = False
     output_bias: bool = True
+    residual: bool = True
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "qk_head_width", "v_head_width", "scaling_events")
         if self.num_time_buckets < 0:
             raise UserError(
                 f"{self.num_time_buckets} is negative", where="num_time_buckets", fix="0 means no time bias"
+            )
+        if self.weighting == "softmax" and (
+            self.position_bias or self.num_time_buckets or self.qk_head_width != self.v_head_width
+        ):
+            raise UserError(
+                "softmax weights know no bias and one head width",
+                where="weighting",
+                fix="Set position_bias=false, num_time_buckets=0 and qk_head_width to v_head_width",
             )
 
 
@@ -97,6 +112,8 @@ class HeadsConfig:
         query_residual: adds the state to what the query's MLP gives.
         query_width: width of queries and item vectors.
         hidden_width: hidden width of the MLPs.
+        feedback_head: feedback is an MLP of the state and, in the fused layout, of the next context and item; or, with
+            `product_swish`, it reads the product of the state and the next item's rows.
         item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
         normalize: queries and item vectors have length 1.
         temperature: scores are divided by it; where it is learned, its first value.
@@ -107,6 +124,7 @@ class HeadsConfig:
     query_residual: bool = False
     query_width: int = 64
     hidden_width: int = 128
+    feedback_head: Literal["mlp", "product_swish"] = "mlp"
     item_tower: Literal["none", "linear", "mlp"] = "linear"
     normalize: bool = True
     temperature: float = 0.05

@@ -5,29 +5,38 @@ Source: ARGUS (arXiv 2507.15994), figure "pretraining". Widths of the MLPs and t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarec.layers.config import HeadsConfig
-from megarec.layers.norm import unit_vectors
+from megarec.layers.norm import SwishNorm, unit_vectors
 from megarec.parallel.parts import MakeLinear, Parts, whole_parameter
 from megarec.parallel.placement import Init
 
 
 class Mlp(nn.Module):
-    """`W2 GELU(W1 x + b1) + b2`, held whole by every rank."""
+    """`W2 activation(W1 x + b1) + b2`, held whole by every rank."""
 
-    def __init__(self, in_width: int, hidden_width: int, out_width: int, *, parts: Parts) -> None:
+    def __init__(
+        self,
+        in_width: int,
+        hidden_width: int,
+        out_width: int,
+        *,
+        parts: Parts,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
         self.hidden = _linear(parts.linear, in_width, hidden_width)
+        self.activation = activation
         self.out = _linear(parts.linear, hidden_width, out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, in_width]` to `[*, out_width]`."""
-        out: Tensor = self.out(F.gelu(self.hidden(x)))
+        out: Tensor = self.out(self.activation(self.hidden(x)))
         return out
 
 
@@ -74,13 +83,20 @@ class ItemTower(nn.Module):
 
 
 class FeedbackHeads(nn.Module):
-    """One MLP with a group of outputs per feedback field: one output for two values, else one per value."""
+    """One map with a group of outputs per feedback field: one output for two values, else one per value.
+
+    The map is an MLP, or with `product_swish` `W2 SwishNorm(W1 x + b1) + b2`, what the public ranker of HSTU reads the
+    product of state and item with (modules/dlrm_hstu.py).
+    """
 
     def __init__(self, num_values: Mapping[str, int], config: HeadsConfig, *, in_width: int, parts: Parts) -> None:
         super().__init__()
         self.num_outputs = {name: 1 if values == 2 else values for name, values in num_values.items()}
         num_outputs = sum(self.num_outputs.values())
-        self.mlp = Mlp(in_width, config.hidden_width, num_outputs, parts=parts) if num_outputs else None
+        activation = SwishNorm(config.hidden_width) if config.feedback_head == "product_swish" else F.gelu
+        self.mlp = (
+            Mlp(in_width, config.hidden_width, num_outputs, parts=parts, activation=activation) if num_outputs else None
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """`[T, in_width]` to the logits `[T, n]` of each field."""

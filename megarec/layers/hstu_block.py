@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 from megarec_kernels.hstu_attention import hstu_attention
+from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig
 from megarec.layers.dropout import Dropout
-from megarec.layers.norm import LayerNorm
+from megarec.layers.norm import HeadNorm, LayerNorm
 from megarec.layers.tokens import Tokens
 from megarec.parallel.parts import Parts, whole_parameter
 from megarec.parallel.placement import Init
@@ -40,15 +41,16 @@ class HstuBlock(nn.Module):
         value_width = config.num_heads * config.v_head_width
         out_width = value_width * (1 if config.concat == "none" else 3)
         bias_init = Init(kind="normal", std=0.02)
-        self.norm = LayerNorm(width, affine=config.norm_affine)
+        self.norm = LayerNorm(width, affine=config.input_norm_affine)
         self.uvqk = parts.column_linear(width, uvqk_width, bias=config.uvqk_bias, std=0.02)
         self.position_bias = whole_parameter((max_tokens,), bias_init) if config.position_bias else None
         num_buckets = config.num_time_buckets
         self.time_bias = whole_parameter((num_buckets + 1,), bias_init) if num_buckets else None
+        self.output_norm: nn.Module
         if config.output_norm == "all_heads":
-            self.output_norm = LayerNorm(value_width, affine=config.norm_affine)
+            self.output_norm = LayerNorm(value_width, affine=config.output_norm_affine)
         else:
-            self.output_norm = LayerNorm(config.v_head_width, affine=config.norm_affine, enter=parts.enter_heads)
+            self.output_norm = HeadNorm(config.num_heads, affine=config.output_norm_affine, parts=parts)
         self.dropout = Dropout(dropout, layer=layer, site="output")
         out_std = (2.0 / (out_width + width)) ** 0.5
         bound = out_width**-0.5
@@ -64,22 +66,28 @@ class HstuBlock(nn.Module):
         u, v, q, k = uvqk.view(x.shape[0], self.local_heads, -1).split([v_width, v_width, qk_width, qk_width], dim=2)
         if config.silu_on == "u":
             u = F.silu(u)
-        attention = hstu_attention(
+        attention = self._attend(q, k, v, tokens)
+        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.randomness))
+        return x + out if config.residual else out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
+        if self.config.weighting == "softmax":
+            return softmax_attention(q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan)
+        return hstu_attention(
             q,
             k,
             v,
             tokens.cu_seqlens,
             scale=self.scale,
-            divisor=config.scaling_events,
+            divisor=self.config.scaling_events,
             position_bias=None if self.position_bias is None else self.enter_heads(self.position_bias),
             time_bias=None if self.time_bias is None else self.enter_heads(self.time_bias),
             plan=tokens.plan,
             time_buckets=tokens.time_buckets,
         )
-        return x + self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.randomness))
 
     def _gate(self, u: Tensor, attention: Tensor) -> Tensor:
-        """Gates and attention `[T, N, Hv]` to what the output map reads, `[T, N, Hv or 3 Hv]`."""
+        """Gates and attention, `[T, N, Hv]`, to what the output map reads, `[T, N, Hv or 3 Hv]`."""
         if self.config.output_norm == "all_heads":
             normed = self.output_norm(attention.flatten(1)).view_as(attention)
         else:

@@ -1,38 +1,62 @@
 """Norms."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megarec.parallel.parts import whole_parameter
+from megarec.parallel.parts import Parts, whole_parameter
 from megarec.parallel.placement import Init
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(variance + eps)` over the last dimension, then a learned scale and shift if `affine`.
+    """`(x - mean) / sqrt(variance + eps)` over the last dimension, then a learned scale and shift if `affine`."""
 
-    A norm of each head, whose scale is shared by all heads, takes `Parts.enter_heads` as `enter`.
-    """
-
-    def __init__(
-        self, width: int, *, affine: bool = True, eps: float = 1e-6, enter: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.width = width
         self.eps = eps
-        self.enter = enter
         self.scale = whole_parameter((width,), Init(value=1.0)) if affine else None
         self.shift = whole_parameter((width,), Init()) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, width]` to `[*, width]`."""
-        scale: Tensor | None = self.scale
-        shift: Tensor | None = self.shift
-        if self.enter is not None and scale is not None and shift is not None:
-            scale, shift = self.enter(scale), self.enter(shift)
-        return F.layer_norm(x, (self.width,), scale, shift, self.eps)
+        return F.layer_norm(x, (self.width,), self.scale, self.shift, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps)` over the channels of each head; if `affine`, a scale and a shift per head.
+
+    Source: the group norm of the public production code of HSTU, which has one group and one scale per head.
+    """
+
+    def __init__(self, num_heads: int, *, affine: bool, parts: Parts, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.enter_heads = parts.enter_heads
+        local_heads = num_heads // parts.tp_size
+        self.own = slice(parts.tp_rank * local_heads, (parts.tp_rank + 1) * local_heads)
+        self.scale = whole_parameter((num_heads,), Init(value=1.0)) if affine else None
+        self.shift = whole_parameter((num_heads,), Init()) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, local_N, H]` to `[T, local_N, H]`."""
+        normed = F.layer_norm(x, x.shape[2:], eps=self.eps)
+        if self.scale is None or self.shift is None:
+            return normed
+        scale, shift = (self.enter_heads(weight)[self.own, None] for weight in (self.scale, self.shift))
+        return normed * scale + shift
+
+
+class SwishNorm(nn.Module):
+    """`x sigmoid(LN(x))`, the gate of the public production code of HSTU (ops/pytorch/pt_layer_norm.py)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*, width]` to `[*, width]`."""
+        return x * torch.sigmoid(self.norm(x))
 
 
 def unit_vectors(x: Tensor, eps: float = 1e-6) -> Tensor:

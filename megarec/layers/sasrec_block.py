@@ -1,5 +1,7 @@
 """The block of SASRec as the baseline of the public HSTU tables has it."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from megarec.layers.dropout import AttentionDropout, Dropout
 from megarec.layers.norm import LayerNorm
 from megarec.layers.tokens import Tokens
 from megarec.parallel.parts import Parts
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class SasrecBlock(nn.Module):
@@ -34,7 +38,7 @@ class SasrecBlock(nn.Module):
         super().__init__()
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         hidden = config.feed_forward_width
         input_std, hidden_std = (2.0 / (4 * width)) ** 0.5, (2.0 / (width + hidden)) ** 0.5
         self.norm = LayerNorm(width, affine=False, eps=1e-8)

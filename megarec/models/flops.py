@@ -51,7 +51,8 @@ def ends_flops(
     elif heads.item_tower == "mlp":
         flops += _mlp_flops(num_candidates, table_width, heads.hidden_width, out_width=heads.query_width)
     if shape.feedback_heads:
-        in_width = width + context_width + item_width if config.token_layout == "fused" else width
+        reads_more = config.token_layout == "fused" and heads.feedback_head == "mlp"
+        in_width = width + context_width + item_width if reads_more else width
         outputs = sum(1 if values == 2 else values for values in shape.feedback_heads.values())
         flops += _mlp_flops(num_events, in_width, heads.hidden_width, out_width=outputs)
     return flops

@@ -62,8 +62,8 @@ class RecModel(nn.Module):
         item_width = table_width if shape.item else 0
         self.query = NextItemQuery(config.heads, width=width, context_width=context_width, parts=parts)
         self.item_tower = ItemTower(config.heads, table_width=table_width, parts=parts)
-        fused = config.token_layout == "fused"
-        feedback_width = width + context_width + item_width if fused else width
+        reads_more = config.token_layout == "fused" and config.heads.feedback_head == "mlp"
+        feedback_width = width + context_width + item_width if reads_more else width
         self.feedback = FeedbackHeads(shape.feedback_heads, config.heads, in_width=feedback_width, parts=parts)
         self.temperature = InverseTemperature(config.heads)
 
@@ -96,14 +96,18 @@ class RecModel(nn.Module):
             return {}
         per_event = self.config.tokens_per_event
         if per_event > 1:
-            known = [next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens)]
+            state = next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens)
         else:
-            known = [states]
-            if self.shape.context:
-                known.append(self._sum_rows(events.next_context_rows, lookup))
-            if self.shape.item:
-                known.append(self._sum_rows(events.next_item_rows, lookup))
-        logits: dict[str, Tensor] = self.feedback(torch.cat(known, dim=1))
+            state = states
+        if self.config.heads.feedback_head == "product_swish":
+            item = next_event(self._sum_rows(events.item_rows, lookup), events.cu_seqlens) if per_event > 1 else None
+            known = state * (self._sum_rows(events.next_item_rows, lookup) if item is None else item)
+        elif per_event > 1:
+            known = state
+        else:
+            more = [(self.shape.context, events.next_context_rows), (self.shape.item, events.next_item_rows)]
+            known = torch.cat([state, *(self._sum_rows(rows, lookup) for fields, rows in more if fields)], dim=1)
+        logits: dict[str, Tensor] = self.feedback(known)
         return logits
 
     def inverse_temperature(self) -> Tensor:

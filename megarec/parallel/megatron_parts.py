@@ -27,6 +27,7 @@ def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
         row_linear=partial(RowLinear, groups=groups, config=config),
         enter_heads=copy_to_tensor_model_parallel_region,
         tp_size=groups.tensor.size,
+        tp_rank=groups.tensor.rank,
     )
 
 

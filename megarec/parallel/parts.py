@@ -34,6 +34,7 @@ class Parts:
         enter_heads: brings a parameter shared by all heads into a head-sharded region (identity forward, gradient
             summed over tensor-parallel ranks).
         tp_size: the number of tensor-parallel ranks.
+        tp_rank: which of them this one is.
     """
 
     linear: MakeLinear
@@ -41,6 +42,7 @@ class Parts:
     row_linear: MakeLinear
     enter_heads: Callable[[Tensor], Tensor]
     tp_size: int = 1
+    tp_rank: int = 0
 
 
 class Linear(nn.Module):

@@ -126,7 +126,7 @@ class BatchMaker:
             draws = 1 + integers_numpy(derive_key(key, "negatives"), counters, self._num_items)
             candidates, slots = _number_distinct(np.concatenate([target[:, None], draws], axis=1), self._num_items)
             columns |= {"slots": slots, "order": stable_order(slots.ravel(), len(candidates))}
-            place = slots[:, 0]
+            place = slots[:, 0].astype(np.int64)
         else:
             distinct, place = np.unique(target, return_inverse=True)
             draws = 1 + integers_numpy(derive_key(key, "negatives"), np.arange(draws_per_row), self._num_items)

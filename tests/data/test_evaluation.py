@@ -97,9 +97,12 @@ def test_ranks_share_the_batches_and_all_get_as_many(dataset: Dataset, world: in
                     np.testing.assert_array_equal(array, other)
 
 
-def test_an_empty_split_gives_no_batches(tmp_path: Path) -> None:
-    dataset = write_histories(tmp_path, [3, 3], users_per_block=1)
-    assert batches_of(dataset, rank=1, world=2) == []
+def test_a_split_that_is_not_there_is_refused_at_once(tmp_path: Path, dataset: Dataset) -> None:
+    sizes = {"max_history_events": 10, "users_per_batch": 3}
+    with pytest.raises(UserError, match="no split 'eval'"):
+        evaluation_batches(write_histories(tmp_path, [3, 3], users_per_block=1), **sizes)
+    with pytest.raises(UserError, match=r"no split 'valid'.*split\.validation_users"):
+        evaluation_batches(dataset, split="valid", **sizes)
 
 
 def without_column(block: Block, name: str) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def fake_parts(rank: int, all_reduce: Sum) -> Parts:
             y = all_reduce(rank, F.linear(x, self.weight))
             return y if self.bias is None else y + self.bias
 
-    return Parts(linear=Linear, column_linear=Column, row_linear=Row, enter_heads=lambda x: x, tp_size=RANKS)
+    return Parts(
+        linear=Linear, column_linear=Column, row_linear=Row, enter_heads=lambda x: x, tp_size=RANKS, tp_rank=rank
+    )
 
 
 def check(make: Callable[[Parts], nn.Module], split: dict[str, int]) -> None:
@@ -105,7 +107,8 @@ def test_hstu_block(concat: str) -> None:
         qk_head_width=3,
         v_head_width=5,
         output_norm="per_head",
-        norm_affine=True,
+        input_norm_affine=True,
+        output_norm_affine=True,
         uvqk_bias=True,
         concat=concat,  # type: ignore[arg-type]
     )
@@ -118,8 +121,10 @@ def test_hstu_block(concat: str) -> None:
 def test_what_heads_share_enters_their_region() -> None:
     entered: list[int] = []
     parts = replace(local_parts(), enter_heads=lambda x: entered.append(len(x)) or x)  # type: ignore[func-returns-value]
-    config = HstuBlockConfig(num_heads=2, v_head_width=5, num_time_buckets=7, output_norm="per_head", norm_affine=True)
+    config = HstuBlockConfig(
+        num_heads=2, v_head_width=5, num_time_buckets=7, output_norm="per_head", output_norm_affine=True
+    )
     block = HstuBlock(config, width=12, layer=0, max_tokens=20, dropout=0.0, parts=parts)
     buckets = bucket_times(TOKENS.plan, TOKENS.timestamp, TOKENS.query_timestamp, num_buckets=7)
     block(torch.zeros(15, 12), replace(TOKENS, time_buckets=buckets))
-    assert sorted(entered) == [5, 5, 8, 20]  # scale and shift of the norm, time bias, position bias
+    assert sorted(entered) == [2, 2, 8, 20]  # scale and shift of the norm, time bias, position bias

@@ -12,6 +12,7 @@ import pytest
 from make_shards.twin import read_users
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.log import pieces
+from megarec_tools.make_shards.log.files import find_files
 from megarec_tools.make_shards.pipeline import make_shards
 
 from megarec.base.errors import UserError
@@ -366,6 +367,28 @@ def test_yambda_listens_likes_and_maps(tmp_path):
             assert side_of(made, "artist_id") == {item: [item // 3] for item in made.item_raw()[1:]}
             assert side_of(made, "album_id") == {item: [item // 2] for item in made.item_raw()[1:]}
             assert ("played_ratio_pct" in made.fields) == (kind == "listen")
+
+
+def test_a_row_group_of_lists_is_never_in_memory_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 20_000)
+    monkeypatch.setattr(pieces, "READ_BYTES", 1 << 16)
+    num_users, num_events = 1000, 1000
+    offsets = pa.array((np.arange(num_users + 1) * num_events).astype(np.int32))
+    values = np.random.default_rng(0).integers(0, 2**32, (2, num_users * num_events), dtype=np.uint32)
+    table = {"uid": pa.array(np.arange(num_users, dtype=np.uint32))}
+    for name, column in zip(("item_id", "timestamp"), values, strict=True):
+        table[name] = pa.ListArray.from_arrays(offsets, pa.array(column))
+    pq.write_table(pa.table(table), tmp_path / "likes.parquet", row_group_size=num_users, use_dictionary=False)
+    del table
+    files = find_files([str(tmp_path / "likes.parquet")], file_format="auto")
+    columns = ["uid", "item_id", "timestamp"]
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+    for piece in pieces.cut_pieces(files, written=load_schema("yambda"), list_columns=columns, item="item_id"):
+        most = max(most, pa.total_allocated_bytes() - before)
+        rows += piece.batch.num_rows
+        assert piece.batch.num_rows <= 20
+    assert rows == num_users
+    assert 0 < most < values.nbytes / 2  # 8 MB in all; some pages of 1 MB are
 
 
 def test_a_row_of_unequal_lists_is_a_reject(tmp_path):

@@ -38,6 +38,12 @@ SHARED_SWITCHES = {
     "row_is_item": {"heads": replace(HEADS, item_tower="none", query_width=6)},
     "item_mlp": {"heads": replace(HEADS, item_tower="mlp")},
     "not_normalized": {"heads": replace(HEADS, normalize=False)},
+    "product": {"table_width": 12, "heads": replace(HEADS, feedback_head="product_swish")},
+    "product_item_action": {
+        "token_layout": "item_action",
+        "table_width": 12,
+        "heads": replace(HEADS, feedback_head="product_swish"),
+    },
     "fixed_temperature": {"heads": replace(HEADS, learn_temperature=False, temperature=0.2)},
 }
 BLOCK_SWITCHES = {
@@ -47,8 +53,8 @@ BLOCK_SWITCHES = {
     "no_time_bias": {"num_time_buckets": 0},
     "few_buckets": {"num_time_buckets": 20},
     "per_head_norm": {"output_norm": "per_head"},
-    "affine": {"norm_affine": True},
-    "affine_per_head": {"output_norm": "per_head", "norm_affine": True},
+    "affine": {"input_norm_affine": True, "output_norm_affine": True},
+    "affine_per_head": {"output_norm": "per_head", "output_norm_affine": True},
     "u_and_norm": {"concat": "u_and_norm"},
     "u_and_attention": {"concat": "u_and_attention"},
     "uvqk_bias": {"uvqk_bias": True},

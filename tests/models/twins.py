@@ -65,6 +65,10 @@ class Twin:
         y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)
         return y * self.p[f"{name}.scale"] + self.p[f"{name}.shift"] if f"{name}.scale" in self.p else y
 
+    def head_norm(self, name: str, x: Tensor, head: int) -> Tensor:
+        y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)
+        return y * self.p[f"{name}.scale"][head] + self.p[f"{name}.shift"][head] if f"{name}.scale" in self.p else y
+
     def block(self, name: str, x: Tensor, times: list[int], asked: list[int]) -> Tensor:
         if isinstance(self.config, ArgusConfig):
             return self.transformer_block(name, x)
@@ -110,7 +114,7 @@ class Twin:
         if block.output_norm == "all_heads":
             normed = self.norm(f"{name}output_norm", torch.cat(attentions, dim=1)).chunk(block.num_heads, dim=1)
         else:
-            normed = [self.norm(f"{name}output_norm", a) for a in attentions]
+            normed = [self.head_norm(f"{name}output_norm", a, head) for head, a in enumerate(attentions)]
         gates = []
         for u, a, norm in zip(us, attentions, normed, strict=True):
             gates += {"none": [], "u_and_norm": [u, norm], "u_and_attention": [u, a]}[block.concat] + [u * norm]
@@ -131,6 +135,14 @@ class Twin:
 
     def feedback(self, states: Tensor, user: int, event: int) -> Tensor:
         """The logits of all heads for event t + 1, end to end."""
+        if self.config.heads.feedback_head == "product_swish":
+            per_event = self.config.tokens_per_event
+            state = states[event] if per_event == 1 else states[(event + 1) * per_event + per_event - 2]
+            hidden = self.linear("feedback.mlp.hidden", state * self.sum_of(self.shape.item, user, event + 1))
+            normed = (hidden - hidden.mean()) / torch.sqrt(hidden.var(unbiased=False) + 1e-5)
+            norm = "feedback.mlp.activation.norm"
+            gate = torch.sigmoid(normed * self.p[f"{norm}.scale"] + self.p[f"{norm}.shift"])
+            return self.linear("feedback.mlp.out", hidden * gate)
         if self.config.token_layout == "fused":
             known = [states[event]]
             known += [self.sum_of(s, user, event + 1) for s in (self.shape.context, self.shape.item) if s]

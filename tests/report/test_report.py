@@ -6,44 +6,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
-import yaml
-from megarec_tools.report.charts import MAX_POINTS, draw_lines, thin
+from megarec_tools.report.charts import MAX_POINTS, Chart, Line, draw_svg, style_of, thin
 from megarec_tools.report.command import ReportConfig
-from megarec_tools.report.page import render, write_report
-from megarec_tools.report.runs import differing_settings, read_runs
+from megarec_tools.report.content import read_content
+from megarec_tools.report.page import html, markdown, write_report
+from megarec_tools.report.runs import read_runs
 
 from megarec.base.errors import UserError
+from tests.report.report_runs import result_row, write_evaluation, write_run
 
 EVIL = '</pre><script>alert("x")</script><img src=x onerror=alert(1)>'
-
-
-def write_run(path: Path, *, lr: float = 0.1, head: str = "next_item", note: str = "fine") -> Path:
-    path.mkdir(parents=True)
-    config = {"optimizer": {"lr": lr}, "model": {"name": "argus"}, "note": note}
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = [
-        {"step": step, "seconds": 2.0, "losses": {head: 5.0 / step}, "tokens_per_second": 1e3 * step, "data_wait": 0.01,
-         "mfu": 0.4, "learning_rate": lr, "grad_norm": 1.0, "memory_bytes": 2**30}
-        for step in range(10, 60, 10)
-    ]  # fmt: skip
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluations = [{"step": step, "metrics": {"ndcg@10": step / 100}} for step in (20, 40)]
-    (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    return path
-
-
-def write_results(path: Path, *, name: str = "argus") -> None:
-    ranking = {
-        "ndcg@10": {"value": 0.25, "standard_error": 0.0125, "count": 9},
-        "mrr": {"value": 0.2, "standard_error": None},
-    }
-    row = {
-        "name": name, "ranking": ranking, "flat": {"ndcg@10": 0.25, "mrr": 0.2, "coverage@10": 0.5},
-        "counts": {"users": 9, "targets": 9}, "split": {"rule": "leave_last_out"}, "protocol": {"filter_seen": "none"},
-        "feedback": {"listened": {"auc": 0.75, "count": 9.0}},
-    }  # fmt: skip
-    (path / "evaluation.json").write_text(json.dumps({"rows": [row, {"name": "item rate", "feedback": {}}]}))
 
 
 class Tags(HTMLParser):
@@ -57,7 +31,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -70,33 +44,33 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def parse(html: str) -> Tags:
+def parse(page: str) -> Tags:
     tags = Tags()
-    tags.feed(html)
+    tags.feed(page)
     tags.close()
     assert tags.open == []
     return tags
 
 
+def page_of(*runs: Path, **settings: Any) -> str:
+    return html(read_content(ReportConfig(runs=tuple(map(str, runs)), **settings)))
+
+
 def test_everything_is_there_and_nothing_comes_from_outside(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=0.2)
-    write_results(first)
+    feedback = {"listened": {"auc": 0.75, "count": 9.0}}
+    rows = [result_row("a", 0.25, run=str(first), step=50, feedback=feedback), result_row("MostPop", 0.125)]
+    write_evaluation(first, rows)
     write_report(ReportConfig(runs=(str(first), str(second)), output=str(tmp_path / "out" / "report.html")))
-    html = (tmp_path / "out" / "report.html").read_text()
-    tags = parse(html)
+    page = (tmp_path / "out" / "report.html").read_text()
+    tags = parse(page)
     text = " ".join(tags.text)
-    for words in (
-        "Loss of next_item",
-        "Tokens per second",
-        "ndcg@10",
-        "0.2500 ± 0.0125",
-        "0.7500",
-        "optimizer.lr",
-        "0.2",
-    ):
+    for words in ("Loss of next_item", "Tokens per second", "ndcg@10", "0.2500\n± 0.0250", "MostPop", "0.7500",
+                  "optimizer.lr", "0.2", "filter_seen=window"):  # fmt: skip
         assert words in text
-    assert [t for t, _ in tags.seen].count("svg") == 1 + 1 + 6
-    used = re.findall(r'(?:href="#|url\(#)([^")]+)', html)
+    # over steps and over hours: the loss and two metrics; over steps alone: six of speed
+    assert [t for t, _ in tags.seen].count("svg") == 2 * (1 + 2) + 6
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
     ids = [attributes["id"] for _, attributes in tags.seen if attributes.get("id") in used]
     assert len(ids) == len(set(ids)), "two charts share an id, so one would be clipped by the other"
     for tag, attributes in tags.seen:
@@ -104,25 +78,54 @@ def test_everything_is_there_and_nothing_comes_from_outside(tmp_path: Path) -> N
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("src", "href") or (value or "").startswith("#")
-    assert "@import" not in html and "url(http" not in html
-    assert "prefers-color-scheme: dark" in html and "currentColor" in html
+    assert "@import" not in page and "url(http" not in page
+    assert "prefers-color-scheme: dark" in page and "currentColor" in page
+
+
+def test_every_picture_is_in_the_view_of_some_axis(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "a"))
+    views = re.findall(r'class="view ([^"]+)"', page)
+    assert views.count("on-step") == 3 and views.count("on-hours") == 3
+    assert views.count("on-step on-hours") == 6  # of speed there is no other picture
+    for axis in ("step", "hours"):
+        assert f'id="by-{axis}"' in page and f"#by-{axis}:checked ~ main .on-{axis}" in page
 
 
 def test_what_runs_say_is_escaped(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a & <b>", head=EVIL + "$x^{", note=EVIL)
-    write_results(run, name=EVIL)
-    html = render(read_runs([str(run)]), title=EVIL)
-    tags = parse(html)
+    run = write_run(tmp_path / "a & <b>", head=EVIL + "$x^{", settings={"note": EVIL})
+    write_evaluation(run, [result_row(EVIL, 0.25)], changed=["filter_seen"])
+    (tmp_path / "papers.yaml").write_text(json.dumps({EVIL: {"hr@10": 0.5, "protocol": "hstu_public", "source": EVIL}}))
+    tags = parse(page_of(run, title=EVIL, references=str(tmp_path / "papers.yaml")))
     assert {"script", "img"}.isdisjoint(tag for tag, _ in tags.seen)
-    assert sum('alert("x")' in text for text in tags.text) >= 4
-    assert "a & <b>" in tags.text
+    assert sum('alert("x")' in text for text in tags.text) >= 6
+    assert any("a & <b>" in text for text in tags.text)
 
 
-def test_settings_that_differ(tmp_path: Path) -> None:
-    runs = read_runs([str(write_run(tmp_path / "a")), str(write_run(tmp_path / "b", lr=0.2))])
-    assert differing_settings(runs) == [("optimizer.lr", ["0.1", "0.2"])]
-    assert differing_settings(runs[:1] * 2) == []
-    assert "the runs have the same settings" in render([runs[0], runs[0]], title="t")
+def test_markdown_has_the_tables_and_a_picture_beside_it(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"hstu-seed{seed}", seed=seed) for seed in (0, 1)]
+    write_evaluation(tmp_path / "final", [result_row("Most|Pop_", 0.2)])
+    config = ReportConfig(
+        runs=tuple(map(str, runs)), evaluations=(str(tmp_path / "final"),), output=str(tmp_path / "results.md")
+    )
+    write_report(config)
+    text = (tmp_path / "results.md").read_text()
+    assert "## protocol hstu\\_public" not in text  # an underscore inside a word needs no sign
+    assert "\n| Most\\|Pop\\_ |  |  | 0.3000 ± 0.0300 | 0.2000 ± 0.0200 |\n" in text
+    assert "| hstu | last and best: 40 | 2 | 0.6000 ± 0.0600 (sd 0.0000) | 0.4000 ± 0.0400 (sd 0.0000) |" in text
+    assert "![The curves of the runs over their steps](<results.png>)" in text
+    picture = matplotlib.image.imread(tmp_path / "results.png")
+    assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "final", "hstu-seed0", "hstu-seed1", "results.md", "results.png"]  # fmt: skip
+
+
+def test_markdown_is_escaped(tmp_path: Path) -> None:
+    name = EVIL.replace("/", "") + "|*[x](javascript:1)`"
+    run = write_run(tmp_path / name, head="$x^{")
+    text = markdown(read_content(ReportConfig(runs=(str(run),), title=f"a\n# {EVIL}")), picture="x.png")
+    assert "\n# <" not in text and re.search(r"(?<!\\)<(?!x\.png>)", text) is None
+    assert "\\|\\*\\[x\\](javascript:1)\\`" in text
+    write_report(ReportConfig(runs=(str(run),), output=str(tmp_path / "r.md")))  # a `$` starts no mathematics
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -136,14 +139,23 @@ def test_a_line_cut_by_a_kill_is_dropped_and_numbers_that_are_none_do_no_harm(tm
     run = write_run(tmp_path / "a")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "losses": {"next_item": NaN}, "tokens_per_second": null}\n{"step": 7')
+    (run / "evaluations.jsonl").write_text('{"step": 60, "metrics": {"ndcg@10": null, "hr@10": NaN}}\n{"step": 7')
     (read,) = read_runs([str(run)])
     assert [record["step"] for record in read.metrics] == [10, 20, 30, 40, 50, 60]
-    parse(render([read], title="t"))
+    parse(page_of(run))
 
 
-FAULTS: dict[str, tuple[Any, str]] = {
+def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    (run / "evaluations.jsonl").unlink()
+    text = " ".join(parse(page_of(run)).text)
+    assert "Loss of next_item" in text and "Evaluation during training" not in text and "Results" not in text
+
+
+FAULTS: dict[str, tuple[str | None, str]] = {
     "config.yaml": (None, "not a run directory"),
     "metrics.jsonl": ('{"step": 1}\nnonsense\n{"step": 2}\n', "line 2: not a record"),
+    "evaluations.jsonl": ('{"step": NaN, "metrics": {}}\n', "a step is not a number"),
     "evaluation.json": ("[]", "not an evaluation"),
 }
 
@@ -161,6 +173,8 @@ def test_broken_runs_are_refused(tmp_path: Path, file: str) -> None:
 
 def test_other_broken_runs(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
+    with pytest.raises(UserError, match="no evaluation here"):
+        page_of(run, evaluations=(str(tmp_path),))
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="logged nothing"):
         read_runs([str(run)])
@@ -172,16 +186,24 @@ def test_other_broken_runs(tmp_path: Path) -> None:
         read_runs([str(run)])
     with pytest.raises(UserError, match="no run is named"):
         ReportConfig(runs=())
+    with pytest.raises(UserError, match=r"neither \.html nor \.md"):
+        ReportConfig(runs=("a",), output="report.pdf")
 
 
 def test_long_curves_are_thinned_to_means() -> None:
-    steps = [float(i) for i in range(MAX_POINTS * 10)]
-    thinned, values = thin((steps, [step * 2 for step in steps]))
-    assert len(thinned) == MAX_POINTS
-    assert thinned[0] == 4.5 and values[0] == 9.0
-    assert thin(([1.0], [2.0])) == ([1.0], [2.0])
+    thinned = thin([float(i) for i in range(MAX_POINTS * 10)])
+    assert len(thinned) == MAX_POINTS and thinned[0] == 4.5
+    assert thin([2.0]) == [2.0]
 
 
-def test_a_chart_is_the_same_twice() -> None:
-    line = ([1.0, 2.0], [3.0, 4.0])
-    assert draw_lines([line, None], name="a") == draw_lines([line, None], name="a")
+def test_a_chart_is_the_same_twice_and_has_a_band_for_seeds() -> None:
+    line = Line(x=[1.0, 2.0], y=[3.0, 4.0], low=[3.0, 4.0], high=[3.0, 4.0])
+    banded = Line(x=[1.0, 2.0], y=[3.0, 4.0], low=[2.0, 4.0], high=[4.0, 4.0])
+    chart = Chart(title="a", axis="step", lines=[line, None])
+    assert draw_svg(chart) == draw_svg(chart)
+    assert "FillBetween" not in draw_svg(chart)
+    assert "FillBetween" in draw_svg(Chart(title="a", axis="step", lines=[banded]))
+
+
+def test_twelve_lines_can_be_told_apart() -> None:
+    assert len({style_of(place) for place in range(12)}) == 12

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from megarec_kernels.hstu_attention.cpu import HSTUSettings, JaggedHSTUAttention, TimeBuckets, bucket_times
 from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
+from megarec_kernels.visibility import Visibility, check_visibility
 
 __all__ = ["TimeBuckets", "bucket_times", "hstu_attention"]
 
@@ -22,8 +23,9 @@ def hstu_attention(
     query_timestamp: Tensor | None = None,
     plan: TilePlan | None = None,
     time_buckets: TimeBuckets | None = None,
+    visibility: Visibility | None = None,
 ) -> Tensor:
-    """Each token attends to itself and to the earlier tokens of its own history, without a softmax.
+    """Each token attends to itself and to the earlier tokens of its own history that it sees, without a softmax.
 
     `out_i = sum_{j <= i} SiLU(scale q_i . k_j + position_bias[i - j] + time_bias[bucket(query_timestamp_i -
     timestamp_j)]) v_j / divisor` with `bucket(x) = clamp(int(log(max(1, |x|)) / 0.301), 0, num_buckets)`; the biases
@@ -46,6 +48,8 @@ def hstu_attention(
         query_timestamp: `[T]` int64 seconds, the time at which the query at that token asks; needed by `time_bias`.
         plan: `plan_tiles(cu_seqlens)`, made once and shared by all layers of a step.
         time_buckets: `bucket_times(plan, ...)`, made once and shared by all layers; stands for the two timestamps.
+        visibility: which earlier tokens a token sees, and the places that `position_bias` reads distances of; None:
+            all of them, and their numbers.
 
     Returns:
         `[T, N, Hv]` in the dtype of `q`.
@@ -58,11 +62,14 @@ def hstu_attention(
     for name, bias in (("position_bias", position_bias), ("time_bias", time_bias)):
         if bias is not None and (bias.dim() != 1 or not bias.is_floating_point()):
             raise ValueError(f"{name} must be a vector of floats, got {bias.dtype} {list(bias.shape)}")
-    if position_bias is not None and len(position_bias) < plan.max_length:
-        raise ValueError(f"position_bias has {len(position_bias)} distances, the longest history {plan.max_length}")
+    if visibility is not None:
+        check_visibility(visibility, plan)
+    num_places = plan.max_length if visibility is None else visibility.num_places(plan)
+    if position_bias is not None and len(position_bias) < num_places:
+        raise ValueError(f"position_bias has {len(position_bias)} distances, the longest history {num_places} places")
     if time_bias is not None:
         time_buckets = _buckets_for(time_bias, timestamp, query_timestamp, plan=plan, time_buckets=time_buckets)
-    settings = HSTUSettings(scale=scale, divisor=divisor, plan=plan, time_buckets=time_buckets)
+    settings = HSTUSettings(scale=scale, divisor=divisor, plan=plan, time_buckets=time_buckets, visibility=visibility)
     return JaggedHSTUAttention.apply(q, k, v, position_bias, time_bias, settings)
 
 

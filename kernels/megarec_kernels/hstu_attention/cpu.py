@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megarec_kernels.tiles import Tile, TilePlan, heads_first, tokens_first
+from megarec_kernels.visibility import Visibility
 
 LOG_WIDTH = 0.301  # of a time bucket: a factor of 1.35
 
@@ -64,6 +65,7 @@ class HSTUSettings:
     divisor: float
     plan: TilePlan
     time_buckets: TimeBuckets | None
+    visibility: Visibility | None
 
 
 class JaggedHSTUAttention(torch.autograd.Function):
@@ -82,7 +84,7 @@ class JaggedHSTUAttention(torch.autograd.Function):
         """The outputs of all tiles, `[T, N, Hv]`."""
         ctx.save_for_backward(q, k, v, position_bias, time_bias)
         ctx.settings = settings
-        bias = _Bias(position_bias, time_bias, settings.time_buckets, dtype=torch.promote_types(q.dtype, torch.float32))
+        bias = _Bias(position_bias, time_bias, settings, dtype=torch.promote_types(q.dtype, torch.float32))
         q_NTH, k_NTH, v_NTH = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
         out_NTH = torch.zeros_like(v_NTH)
         for number, tile in enumerate(settings.plan.tiles):
@@ -91,7 +93,8 @@ class JaggedHSTUAttention(torch.autograd.Function):
             for block, (first, last) in enumerate(tile.row_blocks()):
                 scores = torch.bmm(queries[:, first:last], keys[:, :last].transpose(1, 2))
                 bias.add(scores, tile, number=number, block=block)
-                weights = _forget_future(F.silu(scores, inplace=True))
+                visible = None if settings.visibility is None else settings.visibility.seen(tile, first, last)
+                weights = _forget_unseen(F.silu(scores, inplace=True), visible)
                 torch.bmm(weights, values[:, :last], out=out[:, first:last])
             tile.put(out, out_NTH)
         return tokens_first(out_NTH.div_(settings.divisor), q.dtype)
@@ -102,7 +105,7 @@ class JaggedHSTUAttention(torch.autograd.Function):
         """Gradients of `q`, `k`, `v` and the two biases."""
         q, k, v, position_bias, time_bias = ctx.saved_tensors
         settings: HSTUSettings = ctx.settings
-        bias = _Bias(position_bias, time_bias, settings.time_buckets, dtype=torch.promote_types(q.dtype, torch.float32))
+        bias = _Bias(position_bias, time_bias, settings, dtype=torch.promote_types(q.dtype, torch.float32))
         inputs = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
         grad_out_NTH = heads_first(gradients[0]) / settings.divisor
         grads_NTH = tuple(torch.zeros_like(values) for values in inputs)
@@ -126,8 +129,9 @@ def _tile_backward(
         scores = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
         bias.add(scores, tile, number=number, block=block)
         grad_scores = torch.bmm(grad_out[:, rows], values[:, seen].transpose(1, 2))
-        grad_scores = _forget_future(torch.ops.aten.silu_backward(grad_scores, scores))
-        weights = _forget_future(F.silu(scores, inplace=True))
+        visible = None if bias.visibility is None else bias.visibility.seen(tile, first, last)
+        grad_scores = _forget_unseen(torch.ops.aten.silu_backward(grad_scores, scores), visible)
+        weights = _forget_unseen(F.silu(scores, inplace=True), visible)
         grad_v[:, seen].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
         torch.bmm(grad_scores, keys[:, seen], out=grad_q[:, rows])
         grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), queries[:, rows])
@@ -141,6 +145,14 @@ def _forget_future(pairs: Tensor) -> Tensor:
     return pairs.tril_(keys - rows)
 
 
+def _forget_unseen(pairs: Tensor, visible: Tensor | None) -> Tensor:
+    """Zeroes what a query would give to keys that are not `visible` `[num_users, rows, keys]`; None: to later keys."""
+    if visible is None:
+        return _forget_future(pairs)
+    pairs.view(-1, *visible.shape).masked_fill_(~visible, 0)
+    return pairs
+
+
 class _Bias:
     """Adds the position and time bias to scores `[N * num_users, rows, keys]` and sums their gradients."""
 
@@ -148,12 +160,13 @@ class _Bias:
         self,
         position_bias: Tensor | None,
         time_bias: Tensor | None,
-        time_buckets: TimeBuckets | None,
+        settings: HSTUSettings,
         *,
         dtype: torch.dtype,
     ) -> None:
         self.originals = position_bias, time_bias
-        self.time_buckets = time_buckets
+        self.time_buckets = settings.time_buckets
+        self.visibility = settings.visibility
         self.position = None if position_bias is None else position_bias.to(dtype)
         self.time = None if time_bias is None else time_bias.to(dtype)
         self.grad_position = None if position_bias is None else torch.zeros_like(position_bias, dtype=torch.float64)
@@ -163,7 +176,9 @@ class _Bias:
         """Adds both biases in place; `block` is the block of rows of tile `number`."""
         _, rows, keys = scores.shape
         by_user = scores.view(-1, tile.num_users, rows, keys)
-        if self.position is not None:
+        if self.position is not None and self.visibility is not None:
+            by_user.add_(self.position[self.visibility.distance(tile, keys - rows, keys)])
+        elif self.position is not None:
             by_user.add_(_distances_to_pairs(self.position, rows, keys))
         if self.time is not None and self.time_buckets is not None:
             buckets = self.time_buckets.blocks[number][block]
@@ -172,7 +187,11 @@ class _Bias:
     def collect(self, grad_scores: Tensor, tile: Tile, *, number: int, block: int) -> None:
         """Adds the gradient of one block to the gradients of the biases."""
         _, rows, keys = grad_scores.shape
-        if self.grad_position is not None:
+        if self.grad_position is not None and self.visibility is not None:
+            by_user = grad_scores.view(-1, tile.num_users, rows, keys).sum(dim=0).double()
+            distance = self.visibility.distance(tile, keys - rows, keys).flatten()
+            self.grad_position += torch.bincount(distance, weights=by_user.flatten(), minlength=len(self.grad_position))
+        elif self.grad_position is not None:
             self.grad_position[:keys] += _pairs_to_distances(grad_scores.sum(dim=0), keys)
         if self.grad_time is not None and self.time_buckets is not None:
             by_user = grad_scores.view(-1, tile.num_users, rows, keys).sum(dim=0).double()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarec_kernels.tiles import TilePlan, heads_first, tokens_first
+from megarec_kernels.tiles import Tile, TilePlan, heads_first, tokens_first
+from megarec_kernels.visibility import Visibility
 
 # The two halves of torch's scaled_dot_product_attention on a CPU. Called here by name, because autograd around the
 # public function would add up the gradients of overlapping gathers token by token, or run the forward twice.
@@ -19,7 +20,7 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 (torch hands arguments over by position)
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: TilePlan
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: TilePlan, visibility: Visibility | None
     ) -> Tensor:
         """The outputs of all tiles, `[T, N, H]`."""
         inputs = heads_first(q), heads_first(k), heads_first(v)
@@ -27,11 +28,12 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
         log_sums = []
         for tile in plan.tiles:
             rows = [tile.take(values).unsqueeze(1) for values in inputs]
-            out, log_sum = _flash_forward(*rows, 0.0, True, scale=scale)
+            mask = None if visibility is None else _mask(visibility, tile, rows[0])
+            out, log_sum = _flash_forward(*rows, 0.0, mask is None, attn_mask=mask, scale=scale)
             tile.put(out.squeeze(1), out_NTH)
             log_sums.append(log_sum)
         ctx.save_for_backward(q, k, v, out_NTH, *log_sums)
-        ctx.scale, ctx.plan = scale, plan
+        ctx.scale, ctx.plan, ctx.visibility = scale, plan, visibility
         return tokens_first(out_NTH, q.dtype)
 
     @staticmethod
@@ -45,8 +47,16 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
         for tile, log_sum in zip(ctx.plan.tiles, log_sums, strict=True):
             rows = [tile.take(values).unsqueeze(1) for values in (*inputs, out_NTH)]
             grad_out = tile.take_gradient(grad_out_NTH).unsqueeze(1)
-            tile_grads = _flash_backward(grad_out, *rows, log_sum, 0.0, True, scale=ctx.scale)
+            mask = None if ctx.visibility is None else _mask(ctx.visibility, tile, rows[0])
+            tile_grads = _flash_backward(grad_out, *rows, log_sum, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
             for grad, grad_NTH in zip(tile_grads, grads_NTH, strict=True):
                 tile.put(grad.squeeze(1), grad_NTH)
         grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _mask(visibility: Visibility, tile: Tile, rows: Tensor) -> Tensor:
+    """What is added to the scores of a tile, `[N * num_users, 1, length, length]` in the dtype of `rows`."""
+    seen = visibility.seen(tile, 0, tile.length)
+    mask = rows.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return mask.expand(len(rows) // tile.num_users, *seen.shape).reshape(len(rows), 1, *seen.shape[1:])

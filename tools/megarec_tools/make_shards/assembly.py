@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.base.errors import UserError
-from megarec.data.dataset import SPLITS, FieldInfo
+from megarec.data.dataset import FieldInfo, Split
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketResult, read_columns, write_columns
 from megarec_tools.make_shards.item_files import ItemTables
@@ -37,9 +37,8 @@ class _BucketSize:
     """A bucket's folder and its users of each kind."""
 
     folder: Path
-    train_users: int
-    eval_users: int
-    eval_only_users: int
+    users: dict[Split, int]
+    untrained_users: int
 
 
 class Assembly:
@@ -93,12 +92,7 @@ class Assembly:
     def add(self, folder: Path, result: BucketResult) -> None:
         """Adds the next bucket, in order."""
         self._buckets.append(
-            _BucketSize(
-                folder=folder,
-                train_users=result.num_train_users,
-                eval_users=result.num_eval_users,
-                eval_only_users=result.num_eval_only_users,
-            )
+            _BucketSize(folder=folder, users=result.num_users, untrained_users=result.num_untrained_users)
         )
         self.counts.update(result.counts)
         for totals, frames in (
@@ -118,11 +112,11 @@ class Assembly:
         Raises:
             UserError: the split leaves nothing to train on, or nothing to ask.
         """
-        self.counts["train_users"] = sum(b.train_users for b in self._buckets)
-        self.counts["eval_users"] = sum(b.eval_users for b in self._buckets)
-        self.counts["users"] = self.counts["train_users"] + sum(b.eval_only_users for b in self._buckets)
-        for side, key in (("train on", "train_events"), ("evaluate", "targets")):
-            if not self.counts[key]:
+        for split in self._rule.splits:
+            self.counts[f"{split}_users"] = sum(b.users[split] for b in self._buckets)
+        self.counts["users"] = self.counts["train_users"] + sum(b.untrained_users for b in self._buckets)
+        for side, key in (("train on", "train_events"), ("evaluate", "targets"), ("tune on", "valid_targets")):
+            if not self.counts[key] and (key != "valid_targets" or "valid" in self._rule.splits):
                 low, high = self._time_range or (0, 0)
                 fix = f"The log has {self.counts['events']} events, with times from {low} to {high}"
                 raise UserError(f"the split leaves nothing to {side}", where="split", fix=fix)
@@ -153,11 +147,11 @@ class Assembly:
     def shard_tasks(self) -> Iterator[ShardTask]:
         """Every shard of the dataset, in order."""
         per_shard = self._config.users_per_block * self._config.blocks_per_shard
-        trained = [0, *accumulate(b.train_users for b in self._buckets)]
-        eval_only = list(accumulate((b.eval_only_users for b in self._buckets), initial=trained[-1]))
-        for split in SPLITS:
+        trained = [0, *accumulate(b.users["train"] for b in self._buckets)]
+        untrained = list(accumulate((b.untrained_users for b in self._buckets), initial=trained[-1]))
+        for split in self._rule.splits:
             (self._staging / split).mkdir()
-            sizes = [b.train_users if split == "train" else b.eval_users for b in self._buckets]
+            sizes = [b.users[split] for b in self._buckets]
             starts = [0, *accumulate(sizes)]
             for number, first in enumerate(range(0, starts[-1], per_shard)):
                 last = min(first + per_shard, starts[-1])
@@ -167,7 +161,7 @@ class Assembly:
                         first=max(first, start) - start,
                         last=min(last, start + size) - start,
                         trained_before=trained[index],
-                        eval_only_before=eval_only[index],
+                        untrained_before=untrained[index],
                     )
                     for index, (bucket, start, size) in enumerate(zip(self._buckets, starts, sizes, strict=False))
                     if start < last and start + size > first
@@ -180,16 +174,17 @@ class Assembly:
                     compression=self._config.compression,
                     fields=self.fields,
                     vocabularies=self._work / "vocabularies",
-                    query_time=self._rule.query_time,
+                    query_time=self._rule.query_time(split),
                 )
 
     def _item_vocabulary(self) -> pl.DataFrame:
         """The catalog: the items of the log that are frequent enough, and those that the item files add."""
-        totals, min_count = self._values["item"].result(), self._config.min_item_count
+        totals = self._values["item"].result()
+        min_count = 1 if self._config.rare_items == "drop" else self._config.min_item_count
         unseen = totals.filter(pl.col("train") == 0)
         self.counts["items_unseen"] = int((unseen["catalog"] + unseen["target"] > 0).sum())
         self.counts["targets_unseen"] = int(unseen["target"].sum())
-        if self._schema.items and self._schema.items.extends_catalog and min_count == 1:
+        if self._schema.items and self._schema.items.extends_catalog and self._config.min_item_count == 1:
             known = totals.filter(pl.col("catalog") > 0)
             added = self._item_tables.unseen(known["raw"]).alias("raw").to_frame()
             added = added.with_columns(pl.lit(0, pl.Int64).alias("train"), pl.lit(1, pl.Int64).alias("catalog"))
@@ -255,5 +250,4 @@ class Assembly:
         """The ids of a bucket's users that are trained on, or of those that only have targets."""
         users = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "users.arrow")))
         raw = pl.DataFrame(pl.from_arrow(read_columns(bucket.folder / "raw_users.arrow")))["user"].alias("raw")
-        trained_on = users["trained_on"].cast(pl.Boolean)
-        return self._raw(raw.filter(trained_on if trained else ~trained_on & (users["num_targets"] > 0)), "user")
+        return self._raw(raw.filter(users["trained_on" if trained else "only_asked"].cast(pl.Boolean)), "user")

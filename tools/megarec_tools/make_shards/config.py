@@ -17,21 +17,33 @@ class SplitConfig:
         cut: global_time: seconds since 1970, or text such as 2024-05-01T00:00:00Z.
         gap: global_time: seconds before the cut that belong to neither side.
         fraction: user_holdout: the share of users held out.
+        validation_users: leave_last_out: so many users, chosen by a hash, have a second target to tune on: their
+            second-to-last event, which is not trained on.
+        validation: global_time: a window of so many seconds to tune on, which ends at `cut - gap`; trained on is what
+            lies a gap before it.
     """
 
     rule: Literal["leave_last_out", "global_time", "user_holdout"] = "leave_last_out"
     cut: str | None = None
     gap: float = 0.0
     fraction: float = 0.1
+    validation_users: int = 0
+    validation: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.rule == "global_time") != (self.cut is not None):
             fix = "Give split.cut=2024-05-01" if self.cut is None else "Only split.rule=global_time has a cut"
             raise UserError("cut and rule do not fit together", fix=fix)
-        if not 0 <= self.gap < 1e11:
-            raise UserError(f"{self.gap} is not a number of seconds from 0 up", where="gap")
-        if self.gap and self.rule != "global_time":
-            raise UserError("is set", where="gap", fix="Only split.rule=global_time has a gap")
+        for key in ("gap", "validation"):
+            if not 0 <= getattr(self, key) < 1e11:
+                raise UserError(f"{getattr(self, key)} is not a number of seconds from 0 up", where=key)
+            if getattr(self, key) and self.rule != "global_time":
+                raise UserError("is set", where=key, fix=f"Only split.rule=global_time has a {key}")
+        if self.validation_users < 0:
+            raise UserError(f"{self.validation_users} is below 0", where="validation_users")
+        if self.validation_users and self.rule != "leave_last_out":
+            fix = "Only split.rule=leave_last_out chooses users"
+            raise UserError("is set", where="validation_users", fix=fix)
         if not 0 < self.fraction < 1:
             raise UserError(f"{self.fraction} is not between 0 and 1", where="fraction")
 
@@ -52,7 +64,9 @@ class MakeShardsConfig:
         compression: of the blocks.
         max_rejects: the share of rows that may be unusable.
         duplicates: what to do with a row that repeats another in every column that is read.
-        min_item_count: items with fewer events become unknown (train events with global_time, otherwise all).
+        min_item_count: items with fewer events are rare (train events with global_time, otherwise all).
+        rare_items: whether a rare item becomes unknown, or its events are dropped.
+        min_user_events: users with fewer events are dropped, before and after the events of rare items.
         num_processes: 0 takes one per core, or none beside this one for a small log. The result is the same.
         seed: of the order of the users and of who is held out.
     """
@@ -69,6 +83,8 @@ class MakeShardsConfig:
     max_rejects: float = 0.001
     duplicates: Literal["keep", "drop"] = "keep"
     min_item_count: int = 1
+    rare_items: Literal["unknown", "drop"] = "unknown"
+    min_user_events: int = 1
     num_processes: int = 0
     seed: int = 0
 
@@ -78,9 +94,13 @@ class MakeShardsConfig:
             ("blocks_per_shard", 1, 1_000_000),
             ("max_rejects", 0, 1),
             ("min_item_count", 1, 1 << 62),
+            ("min_user_events", 1, 1 << 62),
             ("num_processes", 0, 1024),
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        if self.split.rule == "global_time" and (self.rare_items == "drop" or self.min_user_events > 1):
+            key = "min_user_events" if self.min_user_events > 1 else "rare_items=drop"
+            raise UserError(f"{key} would count events after the cut", fix="split.rule=global_time takes neither")
         if not self.input:
             raise UserError("input is empty", fix="Give input=<file, glob or directory>")

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from megarec.base.jagged import segment_positions
+from megarec.base.jagged import Int64, segment_positions
+from megarec.data.dataset import Split
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.partition import read_batch
-from megarec_tools.make_shards.split import SplitRule, UserSplit
+from megarec_tools.make_shards.split import SplitRule, UserSplit, may_be_validated
 from megarec_tools.make_shards.vocabularies import coarse_numbers
 
 Array = npt.NDArray[Any]
@@ -22,13 +23,18 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class BucketTask:
-    """One bucket of the partitions in `spills`; the sorted columns go to the folder `bucket`."""
+    """One bucket of the partitions in `spills`; the sorted columns go to the folder `bucket`.
+
+    Events of the items in the file `rare_items`, and users with fewer than `min_user_events`, are dropped.
+    """
 
     number: int
     spills: Sequence[Path]
     layout: Layout
     rule: SplitRule
     drop_duplicates: bool
+    min_user_events: int
+    rare_items: Path | None
     bucket: Path
 
 
@@ -38,9 +44,8 @@ class BucketResult:
 
     Attributes:
         counts: by name: events, users, targets and so on; buckets add up.
-        num_train_users: users that are trained on.
-        num_eval_users: users with a target.
-        num_eval_only_users: users with a target that are not trained on.
+        num_users: of each split.
+        num_untrained_users: users with a target that are not trained on.
         values: per vocabulary: `raw`, and its events in `train`, `catalog` and `target`; the item's also
             `first_seen` and `last_seen` in seconds.
         item_side: per item-side field: `raw` item, the field's ids in `slot0`..., and the `time` of the first event.
@@ -49,53 +54,78 @@ class BucketResult:
     """
 
     counts: dict[str, int]
-    num_train_users: int
-    num_eval_users: int
-    num_eval_only_users: int
+    num_users: dict[Split, int]
+    num_untrained_users: int
     values: dict[str, pl.DataFrame]
     item_side: dict[str, pl.DataFrame]
     numbers: dict[str, pl.DataFrame]
     time_range: tuple[int, int] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Users:
+    """The events of a bucket by user and time, and what is no longer among them.
+
+    Users whose events are too few without rare items are `short`: of them only the items count, as in Meta's public
+    preprocessing of Amazon Books, whose catalog they are part of (generative_recommenders, AmazonDataProcessor).
+    """
+
+    frame: pl.DataFrame
+    starts: Int64
+    lengths: Int64
+    short: Mask
+    dropped: dict[str, int]
+
+
+def validation_candidates(task: BucketTask) -> npt.NDArray[np.uint64]:
+    """The hashes of the bucket's users who can have a second target, ascending."""
+    users = _read_users(task)
+    return users.frame["hash"].to_numpy()[users.starts[may_be_validated(users.lengths) & ~users.short]]
+
+
 def build_bucket(task: BucketTask) -> BucketResult:
     """Runs one task."""
-    batches = [read_batch(path, task.number) for path in task.spills]
-    frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches(batches)))
-    frame = frame.sort("hash", "user", "time", maintain_order=True)  # the order of the log decides between equals
-    repeated = _find_duplicates(frame) if task.layout.schema.timestamp is not None else np.zeros(len(frame), np.bool_)
-    if task.drop_duplicates:
-        frame = frame.filter(~repeated)
-    starts = _user_starts(frame)
-    lengths = np.diff(np.append(starts, len(frame)))
+    users = _read_users(task)
+    frame, lengths = users.frame, users.lengths
     times = frame["time"].to_numpy()
-    split = task.rule.apply(frame["hash"].to_numpy()[starts], lengths, times)
-    position = segment_positions(lengths)
-    history = position < np.repeat(split.num_history, lengths)
-    train = history & np.repeat(split.trained_on, lengths)
-    target = position >= np.repeat(lengths - split.num_targets, lengths)
+    split = task.rule.apply(frame["hash"].to_numpy()[users.starts], lengths, times)
+    for part in split.values():
+        part.num_history[users.short] = 0
+        part.num_targets[users.short] = 0
+    history = {name: _mask(lengths, part.num_history) for name, part in split.items()}
+    targets = {name: _mask(lengths, part.num_targets, first=part.first_target) for name, part in split.items()}
+    train = history["train"]
     marks = {
         "train": train,
-        "target": target,
+        "target": targets["eval"],
         "catalog": train if task.rule.catalog_is_train_only else np.ones_like(train),
     }
+    kept = np.repeat(~users.short, lengths)
+    used = np.logical_or.reduce([*history.values(), *targets.values()])
+    asked = {name: part.num_targets > 0 for name, part in split.items()}
+    only_asked = np.logical_or.reduce(list(asked.values())) & (split["train"].num_history == 0)
     codes, dictionaries = _encode(frame, task.layout.vocabulary_slots)
-    _write_bucket(task, frame, codes=codes, dictionaries=dictionaries, starts=starts, split=split)
+    _write_bucket(
+        task, frame, codes=codes, dictionaries=dictionaries, starts=users.starts, split=split, only_asked=only_asked
+    )
+    valid = split.get("valid")
     return BucketResult(
         counts={
-            "events": len(frame),
-            "duplicates": int(repeated.sum()),
-            "one_event_users": int((lengths == 1).sum()),
+            **users.dropped,
+            "events": int(kept.sum()),
+            "one_event_users": int(((lengths == 1) & ~users.short).sum()),
             "train_events": int(train.sum()),
-            "targets": int(target.sum()),
-            "eval_history_events": int(split.num_history[split.num_targets > 0].sum()),
-            "gap_events": int((~history & ~target).sum()),
-            "users_without_target": int((split.num_targets == 0).sum()),
-            "eval_users_without_history": int(((split.num_targets > 0) & (split.num_history == 0)).sum()),
+            "valid_targets": int(valid.num_targets.sum()) if valid else 0,
+            "targets": int(targets["eval"].sum()),
+            "eval_history_events": int(split["eval"].num_history[asked["eval"]].sum()),
+            "gap_events": int((kept & ~used).sum()),
+            "users_without_target": int((~asked["eval"] & ~users.short).sum()),
+            "eval_users_without_history": int((asked["eval"] & (split["eval"].num_history == 0)).sum()),
         },
-        num_train_users=int(split.trained_on.sum()),
-        num_eval_users=int((split.num_targets > 0).sum()),
-        num_eval_only_users=int(((split.num_targets > 0) & ~split.trained_on).sum()),
+        num_users={
+            name: int((asked[name] if name != "train" else part.num_history > 0).sum()) for name, part in split.items()
+        },
+        num_untrained_users=int(only_asked.sum()),
         values={
             name: _count_values(name, dictionaries[name], codes=codes[name], marks=marks, times=times) for name in codes
         },
@@ -107,9 +137,44 @@ def build_bucket(task: BucketTask) -> BucketResult:
     )
 
 
-def _user_starts(frame: pl.DataFrame) -> npt.NDArray[np.int64]:
+def _read_users(task: BucketTask) -> _Users:
+    batches = [read_batch(path, task.number) for path in task.spills]
+    frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches(batches)))
+    frame = frame.sort("hash", "user", "time", maintain_order=True)  # the order of the log decides between equals
+    repeated = _find_duplicates(frame) if task.layout.schema.timestamp is not None else np.zeros(len(frame), np.bool_)
+    if task.drop_duplicates:
+        frame = frame.filter(~repeated)
+    dropped = {"duplicates": int(repeated.sum())}
+    starts, lengths = _user_slices(frame)
+    num_users, num_events = len(starts), len(frame)
+    if task.min_user_events > 1:
+        frame = frame.filter(np.repeat(lengths >= task.min_user_events, lengths))
+    of_short_users = num_events - len(frame)
+    if task.rare_items is not None:
+        rare = pl.DataFrame(pl.from_arrow(read_columns(task.rare_items)))
+        before = len(frame)
+        frame = frame.join(rare, on="item", how="anti", maintain_order="left")
+        dropped["rare_events"] = before - len(frame)
+    starts, lengths = _user_slices(frame)
+    short = lengths < task.min_user_events
+    dropped["short_events"] = of_short_users + int(lengths[short].sum())
+    dropped["dropped_users"] = num_users - int((~short).sum())
+    return _Users(frame=frame, starts=starts, lengths=lengths, short=short, dropped=dropped)
+
+
+def _mask(lengths: Int64, num_events: Int64, *, first: Int64 | None = None) -> Mask:
+    """Of every user the `num_events` events from `first` on."""
+    position = segment_positions(lengths)
+    if first is not None:
+        position = position - np.repeat(first, lengths)
+    return (position >= 0) & (position < np.repeat(num_events, lengths))
+
+
+def _user_slices(frame: pl.DataFrame) -> tuple[Int64, Int64]:
+    """Where each user's events begin, and how many they are."""
     user = frame["user"]
-    return np.flatnonzero((user != user.shift(1)).fill_null(True).to_numpy())
+    starts = np.flatnonzero((user != user.shift(1)).fill_null(True).to_numpy())
+    return starts, np.diff(np.append(starts, len(frame)))
 
 
 def _find_duplicates(frame: pl.DataFrame) -> Mask:
@@ -173,9 +238,9 @@ def _item_side(
         if field.role != "item_side":
             continue
         if name in codes:
-            matrix = codes[name].reshape(len(times), -1)
-            slots = {f"slot{slot}": pl.Series(matrix[:, slot]) for slot in range(matrix.shape[1])}
-            present = catalog & (matrix[:, 0] >= 0)
+            values = _slots(codes[name])
+            slots = {f"slot{slot}": pl.Series(ids) for slot, ids in enumerate(values)}
+            present = catalog & (values[0] >= 0)
         else:
             slots = {"slot0": frame[name]}
             present = catalog & frame[name].is_not_null().to_numpy()
@@ -186,6 +251,10 @@ def _item_side(
             decoded |= {slot: _decode(dictionaries[name], pairs[slot]) for slot in slots}
         side[name] = pairs.with_columns(**decoded)
     return side
+
+
+def _slots(codes: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+    return [codes] if codes.ndim == 1 else list(codes.T)
 
 
 def _decode(dictionary: pl.Series, codes: pl.Series) -> pl.Series:
@@ -208,26 +277,26 @@ def _write_bucket(
     *,
     codes: dict[str, npt.NDArray[np.int32]],
     dictionaries: dict[str, pl.Series],
-    starts: npt.NDArray[np.int64],
+    starts: Int64,
     split: UserSplit,
+    only_asked: Mask,
 ) -> None:
     task.bucket.mkdir()
     events: dict[str, Array] = {"timestamp": frame["time"].to_numpy() // 1_000_000}
     for name, code in codes.items():
         if name == "item" or task.layout.schema.fields[name].role != "item_side":
-            matrix = code.reshape(len(frame), -1)
-            events |= {f"{name}/{slot}": np.ascontiguousarray(matrix[:, slot]) for slot in range(matrix.shape[1])}
+            events |= {f"{name}/{slot}": np.ascontiguousarray(values) for slot, values in enumerate(_slots(code))}
     for name, field in task.layout.schema.log_fields().items():
         if name not in codes and field.role != "item_side":
             events[f"{name}/0"] = frame[name].fill_null(np.nan if field.kind == "numeric" else 0).to_numpy()
     write_columns(task.bucket / "events.arrow", pa.table(events))
     users = {
         "start": starts,
-        "num_history": split.num_history,
-        "num_targets": split.num_targets,
-        "length": np.diff(np.append(starts, len(frame))),
-        "trained_on": split.trained_on.astype(np.uint8),
+        "trained_on": (split["train"].num_history > 0).astype(np.uint8),
+        "only_asked": only_asked.astype(np.uint8),
     }
+    for name, part in split.items():
+        users |= {f"{name}/{key}": numbers for key, numbers in vars(part).items()}
     write_columns(task.bucket / "users.arrow", pa.table(users))
     write_columns(task.bucket / "raw_users.arrow", frame[starts].select("user").to_arrow())
     for name, dictionary in dictionaries.items():

@@ -20,12 +20,13 @@ UInt64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionTask:
-    """One piece to partition into `2 ** bucket_bits` buckets; the result goes to `spill`."""
+    """One piece to partition into `2 ** bucket_bits` buckets; the result goes to `spill`. The items may be counted."""
 
     piece: Piece
     layout: Layout
     bucket_bits: int
     seed: int
+    count_items: bool
     spill: Path
 
 
@@ -40,6 +41,7 @@ class PartitionResult:
         num_events: what was laid aside.
         rejects: `row` (from 1, within the piece), `reason`, and `value` for the first row of each reason.
         signs: see `Rejects.signs`.
+        items: each `item` and its events, as `catalog`; None when they are not counted.
     """
 
     num_file_rows: int
@@ -48,6 +50,7 @@ class PartitionResult:
     num_events: int
     rejects: pl.DataFrame
     signs: set[tuple[str, str]]
+    items: pl.DataFrame | None
 
 
 def partition_piece(task: PartitionTask) -> PartitionResult:
@@ -74,6 +77,7 @@ def partition_piece(task: PartitionTask) -> PartitionResult:
         num_events=len(frame),
         rejects=rejected,
         signs=rejects.signs,
+        items=frame.group_by("item").agg(pl.len().cast(pl.Int64).alias("catalog")) if task.count_items else None,
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 from pyarrow import parquet
 
@@ -26,7 +27,7 @@ from megarec.data.dataset import Dataset, write_dataset
 from megarec.data.schema import Schema, infer_schema, load_schema, schema_text
 from megarec_tools.make_shards.assembly import Assembly
 from megarec_tools.make_shards.config import MakeShardsConfig
-from megarec_tools.make_shards.histories import BucketTask, build_bucket
+from megarec_tools.make_shards.histories import BucketTask, build_bucket, validation_candidates, write_columns
 from megarec_tools.make_shards.item_files import ItemFiles, ItemTables, decide_item_layouts, find_item_files
 from megarec_tools.make_shards.log.files import LogFiles, find_files
 from megarec_tools.make_shards.log.layout import Layout, decide_layout, narrow_schema
@@ -37,6 +38,7 @@ from megarec_tools.make_shards.processes import OrderedMap, workers
 from megarec_tools.make_shards.shards import build_shard
 from megarec_tools.make_shards.split import SplitRule
 from megarec_tools.make_shards.summary import COUNTS, RejectedRows, format_table
+from megarec_tools.make_shards.vocabularies import Totals
 
 EVENTS_PER_BUCKET = 1 << 20
 MAX_BUCKET_BITS = 12
@@ -140,6 +142,7 @@ class _Maker:
         self.ordered_map = ordered_map
         self.work = staging / "unfinished"
         self.counts: Counter[str] = Counter()
+        self.item_events = Totals(["item"])
 
     def run(self) -> tuple[Dataset, RejectedRows]:
         """Makes every file of the dataset; `dataset.json` comes last."""
@@ -196,7 +199,12 @@ class _Maker:
                 pieces.append(replace(piece, text=b"", batch=None))
                 spills.append(self.work / f"piece-{piece.number:06d}.arrow")
                 yield PartitionTask(
-                    piece=piece, layout=self.layout, bucket_bits=bucket_bits, seed=self.config.seed, spill=spills[-1]
+                    piece=piece,
+                    layout=self.layout,
+                    bucket_bits=bucket_bits,
+                    seed=self.config.seed,
+                    count_items=self.config.rare_items == "drop",
+                    spill=spills[-1],
                 )
 
         signs: set[tuple[str, str]] = set()
@@ -211,6 +219,8 @@ class _Maker:
                 )
                 self.counts["rows_filtered"] += result.num_filtered
                 signs |= result.signs
+                if result.items is not None:
+                    self.item_events.add(result.items)
                 read_bytes += pieces[number].read_bytes
                 if read_bytes:  # the rows of a text log are known when it is read
                     progress.total = round(rejected.num_rows * self.files.num_bytes / read_bytes)
@@ -242,17 +252,22 @@ class _Maker:
 
     def _build_buckets(self, spills: list[Path], assembly: Assembly, *, num_buckets: int) -> None:
         """The second pass."""
-        tasks = (
+        rare_items = self._write_rare_items() if self.config.rare_items == "drop" else None
+        tasks = [
             BucketTask(
                 number=number,
                 spills=spills,
                 layout=self.layout,
                 rule=self.rule,
                 drop_duplicates=self.config.duplicates == "drop",
+                min_user_events=self.config.min_user_events,
+                rare_items=rare_items,
                 bucket=self.work / f"bucket-{number:05d}",
             )
             for number in range(num_buckets)
-        )
+        ]
+        if self.config.split.validation_users:
+            self.rule.last_validation_hash = self._last_validation_hash(tasks)
         total = self.counts["rows"] - self.counts["rows_rejected"] - self.counts["rows_filtered"]
         with bar(title="sort", total=total, unit=" rows") as progress:
             for number, result in enumerate(self.ordered_map(build_bucket, tasks)):
@@ -260,3 +275,23 @@ class _Maker:
                 progress.update(result.counts["events"])
         for spill in spills:
             spill.unlink()
+
+    def _write_rare_items(self) -> Path:
+        totals = self.item_events.result()
+        rare = totals.filter(pl.col("catalog") < self.config.min_item_count)
+        if len(rare) == len(totals):
+            raise UserError(f"no item has min_item_count={self.config.min_item_count} events", fix="Lower it")
+        path = self.work / "rare_items.arrow"
+        write_columns(path, rare.select("item").to_arrow())
+        return path
+
+    def _last_validation_hash(self, tasks: list[BucketTask]) -> np.uint64:
+        """The hash up to which there are as many users with three events as are to be validated."""
+        wanted = found = self.config.split.validation_users
+        for task in tasks:
+            hashes = validation_candidates(task)
+            if len(hashes) >= wanted:
+                return np.uint64(hashes[wanted - 1])
+            wanted -= len(hashes)
+        what = f"validation_users={found}, but only {found - wanted} users have three events"
+        raise UserError(what, where="split", fix="Lower it")

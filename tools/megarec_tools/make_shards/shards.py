@@ -29,14 +29,14 @@ class BucketUsers:
         bucket: the folder of the bucket.
         first, last: of the bucket's users of this split, those from `first` up to before `last`.
         trained_before: users that are trained on in the buckets before.
-        eval_only_before: users that are not trained on and come before the first of this bucket, with all that are.
+        untrained_before: users that only have targets in the buckets before, and all that are trained on.
     """
 
     bucket: Path
     first: int
     last: int
     trained_before: int
-    eval_only_before: int
+    untrained_before: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,14 @@ class _ShardWriter:
     def _encode(self, parts: list["_Histories"]) -> bytes:
         offsets = lengths_to_offsets(np.concatenate([p.num_history for p in parts]))
         columns = _concatenate([p.bucket.columns(p.start, p.num_history) for p in parts])
-        target_offsets = lengths_to_offsets(np.concatenate([p.num_targets for p in parts]))
         user = np.concatenate([p.user for p in parts])
         self.num_users += len(user)
         self.num_events += int(offsets[-1])
         if self.task.split == "train":
             block = Block(user=user, offsets=offsets, columns=columns)
         else:
-            targets = _concatenate([p.bucket.columns(p.start + p.length - p.num_targets, p.num_targets) for p in parts])
+            target_offsets = lengths_to_offsets(np.concatenate([p.num_targets for p in parts]))
+            targets = _concatenate([p.bucket.columns(p.start + p.first_target, p.num_targets) for p in parts])
             first_time = targets["timestamp"][target_offsets[:-1]]
             fixed = self.task.query_time
             block = Block(
@@ -127,8 +127,8 @@ class _Histories:
     bucket: "_Bucket"
     user: Int64
     start: Int64
-    length: Int64
     num_history: Int64
+    first_target: Int64
     num_targets: Int64
 
     def __len__(self) -> int:
@@ -139,8 +139,8 @@ class _Histories:
             bucket=self.bucket,
             user=self.user[part],
             start=self.start[part],
-            length=self.length[part],
             num_history=self.num_history[part],
+            first_target=self.first_target[part],
             num_targets=self.num_targets[part],
         )
 
@@ -157,21 +157,21 @@ class _Bucket:
         """The users of the part, numbered over the whole dataset."""
         users = {name: column.to_numpy() for name, column in _columns(read_columns(self.part.bucket / "users.arrow"))}
         trained_on = users["trained_on"].astype(np.bool_)
-        eval_only = ~trained_on & (users["num_targets"] > 0)
         numbers = np.where(
             trained_on,
             self.part.trained_before + np.cumsum(trained_on) - 1,
-            self.part.eval_only_before + np.cumsum(eval_only) - 1,
+            self.part.untrained_before + np.cumsum(users["only_asked"]) - 1,
         )
-        chosen = trained_on if self.task.split == "train" else users["num_targets"] > 0
+        mine = {key: users[f"{self.task.split}/{key}"] for key in ("num_history", "first_target", "num_targets")}
+        chosen = trained_on if self.task.split == "train" else mine["num_targets"] > 0
         at = np.flatnonzero(chosen)[self.part.first : self.part.last]
         return _Histories(
             bucket=self,
             user=numbers[at],
             start=users["start"][at],
-            length=users["length"][at],
-            num_history=users["num_history"][at],
-            num_targets=users["num_targets"][at],
+            num_history=mine["num_history"][at],
+            first_target=mine["first_target"][at],
+            num_targets=mine["num_targets"][at],
         )
 
     def columns(self, start: Int64, length: Int64) -> dict[str, Array]:

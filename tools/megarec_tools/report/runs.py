@@ -1,5 +1,8 @@
-"""What a run directory says, read without trust."""
+"""What run directories say, read without trust."""
 
+import bisect
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from megarec.base.config import flatten
 from megarec.base.errors import UserError
-from megarec.base.files import read_json, read_records
+from megarec.base.files import read_json, read_records, sha256_of
+
+AXES = ("step", "hours")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,25 +22,40 @@ class Run:
 
     Attributes:
         name: unique among the runs of a report.
+        path: its directory.
         config: the whole configuration.
         metrics: one record per logging interval.
-        evaluations: one record per periodic evaluation: `step` and `metrics`.
-        results: what `megarec-evaluate` wrote, or None.
+        evaluations: one record per periodic evaluation.
+        results: what `megarec-evaluate` wrote into the directory, or None.
     """
 
     name: str
+    path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     results: dict[str, Any] | None
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one number of `metrics`; `losses/item` looks inside."""
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return int(self.metrics[-1]["step"])
+
+    def series(self, key: str) -> dict[float, float]:
+        """Values by step of one number of `metrics`; `losses/item` looks inside."""
         return _series(self.metrics, key.split("/", 1) if key.startswith("losses/") else [key])
 
-    def evaluation_series(self, metric: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one metric of the periodic evaluation."""
-        return _series(self.evaluations, ["metrics", metric])
+    def places(self, steps: Sequence[float], axis: str) -> list[float]:
+        """Where `steps` lie on an axis of `AXES`; hours are those of training, up to the newest record at each step.
+
+        Empty if the run does not say.
+        """
+        if axis == "step":
+            return list(steps)
+        seconds = self.series("seconds")
+        hours, logged = list(itertools.accumulate(s / 3600 for s in seconds.values())), list(seconds)
+        newest = [bisect.bisect_right(logged, step) - 1 for step in steps]
+        return [hours[index] for index in newest] if newest and min(newest) >= 0 else []
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -55,52 +74,73 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     ]
 
 
-def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Every setting that is not the same in all runs, with its value in each; `-` where a run lacks it."""
-    flat = [{key: _shown(value) for key, value in flatten(run.config).items()} for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = [(key, [config.get(key, "-") for config in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+def read_results(path: Path) -> dict[str, Any]:
+    """What `megarec-evaluate` wrote: the file itself or the directory it lies in.
+
+    Raises:
+        UserError: it is no evaluation.
+    """
+    file = path / "evaluation.json" if path.is_dir() else path
+    results = read_json(file, what="evaluation")
+    if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
+        raise UserError("not an evaluation", where=str(file), fix="Run megarec-evaluate again")
+    return results
+
+
+def dataset_name(path: Any) -> str:
+    """A dataset that lies here is called by what is in it, so that a copy is the same; else by its path."""
+    described = Path(str(path)) / "dataset.json"
+    return f"dataset {sha256_of(described)[:12]}" if described.is_file() else str(path)
+
+
+def read_yaml(path: Path, *, what: str) -> dict[Any, Any]:
+    """A mapping from a yaml or JSON file.
+
+    Raises:
+        UserError: it is not there, is broken or holds something else.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {what} here", where=str(path), fix="Check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"not valid yaml ({' '.join(str(error).split())[:120]})", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise UserError(f"the {what} is not a mapping", where=str(path))
+    return value
 
 
 def _read_run(path: Path, *, name: str) -> Run:
     file = path / "config.yaml"
     if not file.is_file():
         raise UserError("not a run directory: it has no config.yaml", where=str(path), fix="Give run_dir of a training")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid yaml ({' '.join(str(error).split())[:120]})", where=str(file)) from None
-    if not isinstance(config, dict):
-        raise UserError("not a mapping of settings", where=str(file))
-    metrics = read_records(path / "metrics.jsonl")
+    config = read_yaml(file, what="configuration")
+    metrics, evaluations = (_records(path / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
     if not metrics:
         raise UserError("the run has logged nothing yet", where=str(path / "metrics.jsonl"))
-    results = None
-    if (path / "evaluation.json").is_file():
-        results = read_json(path / "evaluation.json", what="evaluation")
-        if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
-            raise UserError("not an evaluation", where=str(path / "evaluation.json"), fix="Run megarec-evaluate again")
     return Run(
         name=name,
+        path=path,
         config=config,
         metrics=metrics,
-        evaluations=read_records(path / "evaluations.jsonl"),
-        results=results,
+        evaluations=evaluations,
+        results=read_results(path) if (path / "evaluation.json").is_file() else None,
     )
 
 
-def _series(records: Sequence[dict[str, Any]], path: Sequence[str]) -> tuple[list[float], list[float]]:
-    steps, values = [], []
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = read_records(path)
+    if not all(math.isfinite(record["step"]) for record in records):
+        raise UserError("a step is not a number", where=str(path))
+    return records
+
+
+def _series(records: Sequence[dict[str, Any]], path: Sequence[str]) -> dict[float, float]:
+    values = {}
     for record in records:
         value: Any = record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int | float) and not isinstance(value, bool):
-            steps.append(float(record["step"]))
-            values.append(float(value))
-    return steps, values
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else str(value)
+            values[float(record["step"])] = float(value)
+    return values

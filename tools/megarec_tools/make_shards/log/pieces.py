@@ -179,7 +179,7 @@ def estimate_events(files: LogFiles, *, written: FileFormat, item: str) -> int:
 def open_parquet(path: Path) -> parquet.ParquetFile:
     """An opened Parquet file; a damaged one is a `UserError`."""
     try:
-        return parquet.ParquetFile(path, memory_map=False, buffer_size=READ_BYTES)
+        return parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=READ_BYTES)
     except (ArrowException, OSError) as error:
         raise damaged_parquet(path, error) from None
 

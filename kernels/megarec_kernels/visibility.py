@@ -1,0 +1,93 @@
+"""What a token sees of its own history, where that is not simply everything before it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarec_kernels.tiles import Tile, TilePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visibility:
+    """Token i of a history sees its tokens `j < seen_before_i` and its tokens `group_first_i <= j <= i`.
+
+    Tokens are numbered from 0 within their history. None of them sees a later one.
+
+    Attributes:
+        seen_before: `[T]` int64, at most i + 1.
+        group_first: `[T]` int64, from 0 to i.
+        place: `[T]` int64, from 0: a position bias reads the distance `max(place_i - place_j, 0)`.
+    """
+
+    seen_before: Tensor
+    group_first: Tensor
+    place: Tensor
+
+    def seen(self, tile: Tile, first: int, last: int) -> Tensor:
+        """Whether the queries `first` to `last - 1` of a tile see the keys before `last`: `[num_users, rows, keys]`."""
+        token = tile.token.view(tile.num_users, tile.length)[:, first:last]
+        key = torch.arange(last, device=token.device)
+        in_group = (key >= self.group_first[token].unsqueeze(2)) & (key <= key[first:].unsqueeze(1))
+        return in_group | (key < self.seen_before[token].unsqueeze(2))
+
+    def distance(self, tile: Tile, first: int, last: int) -> Tensor:
+        """Distances from the queries `first` to `last - 1` to the keys before `last`, `[num_users, rows, keys]`."""
+        place = self.place[tile.token].view(tile.num_users, tile.length)[:, :last]
+        return (place[:, first:, None] - place[:, None]).clamp_(min=0)
+
+    def num_places(self, plan: TilePlan) -> int:
+        """One more than the last place of a living token."""
+        return int(self.place[: int(plan.cu_seqlens[-1])].max()) + 1 if len(plan.tiles) else 0
+
+
+def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, num_tokens: int) -> Visibility:
+    """Histories that end with candidates, which see the history and themselves, but no other candidate.
+
+    All candidates of a history have the places that follow it: the distances of a candidate are those it would have if
+    it were the only one.
+
+    Source: HSTU (arXiv 2402.17152), M-FALCON; the mask of the public production code, where a candidate is one token.
+
+    Args:
+        cu_seqlens: `[B + 1]`, where each history begins, its candidates included, in tokens.
+        num_candidates: `[B]` int64, candidates at the end of each history.
+        group: tokens of a candidate; each sees those before it in its own candidate.
+        num_tokens: T; the tokens behind the last history are dead.
+
+    Raises:
+        ValueError: a history is shorter than its candidates.
+    """
+    lengths = cu_seqlens.diff().long()
+    num_before = lengths - num_candidates * group
+    if num_candidates.shape != lengths.shape or bool((num_before < 0).any()) or bool((num_candidates < 0).any()):
+        raise ValueError("num_candidates must be [B], and no history shorter than its candidates")
+    dead = num_tokens - int(cu_seqlens[-1])
+    history = torch.repeat_interleave(torch.cat([lengths, lengths.new_full((1,), dead)]))
+    first, num_before = (torch.cat([x, x.new_full((1,), int(cu_seqlens[-1]))]) for x in (cu_seqlens[:-1], num_before))
+    index = torch.arange(num_tokens, device=cu_seqlens.device) - first[history]
+    within = index - num_before[history]
+    is_candidate = within >= 0
+    return Visibility(
+        seen_before=torch.where(is_candidate, num_before[history], index + 1),
+        group_first=torch.where(is_candidate, index - within % group, index),
+        place=torch.where(is_candidate, num_before[history] + within % group, index),
+    )
+
+
+def check_visibility(visibility: Visibility, plan: TilePlan) -> None:
+    """Refuses a visibility that is of other histories, or in which a token sees a later one.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    first, lengths = plan.cu_seqlens[:-1], plan.cu_seqlens.diff()
+    index = torch.arange(int(plan.cu_seqlens[-1]), device=lengths.device) - first.repeat_interleave(lengths)
+    for name, value in vars(visibility).items():
+        if value.dtype != torch.int64 or value.dim() != 1 or len(value) < len(index):
+            raise ValueError(f"visibility.{name} must be int64 [T], got {value.dtype} {list(value.shape)}")
+    seen_before, group_first, place = (value[: len(index)] for value in vars(visibility).values())
+    if bool((seen_before > index + 1).any()) or bool((group_first > index).any()):
+        raise ValueError("visibility lets a token see a later one, or hides it from itself")
+    if len(index) and min(int(seen_before.min()), int(group_first.min()), int(place.min())) < 0:
+        raise ValueError("visibility has a negative number")
