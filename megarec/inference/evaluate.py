@@ -171,6 +171,7 @@ def tally(
     users_at_once = max(1, min(MAX_USERS_AT_ONCE, MAX_SCORES // dataset.fields["item"].num_ids))
     batches = evaluation_batches(
         dataset,
+        split=protocol.split,
         max_history_events=protocol.max_history_events or ALL_EVENTS,
         users_per_batch=users_at_once,
         rank=rank,
