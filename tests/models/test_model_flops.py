@@ -47,7 +47,7 @@ def test_hstu_by_hand() -> None:
 
 
 def test_mlperf_ranker_is_its_published_count() -> None:
-    """MLPerf Training "dlrmv4" counts 315.7 GFLOP a sample of 4,096 tokens: 77.3 (UVQK) + 58.0 (out) + 180.4 (attention).
+    """MLPerf "dlrmv4" counts 315.7 GFLOP a sample of 4,096 tokens: 77.3 (UVQK) + 58.0 (out) + 180.4 (attention).
 
     It counts attention 3.5 times where we count 3 (the recomputed scores), and S^2 / 2 pairs where we count
     S (S + 1) / 2.
