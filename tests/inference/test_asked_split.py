@@ -1,8 +1,9 @@
-"""A protocol asks about the split it names: the second-to-last event of some users, or the last one of all."""
+"""A protocol asks what it says: about the split it names, at its own time, about the targets it ranks."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from megarec_tools.make_shards.config import MakeShardsConfig, SplitConfig
@@ -57,3 +58,71 @@ def test_each_split_is_asked_about_its_own_targets(dataset: Dataset) -> None:
 def test_what_is_kept_from_training_does_not_serve_the_public_protocol(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"'hstu_public' wants split.validation_users=0, the dataset has 5"):
         evaluate(Memory(dataset.item_raw()), dataset, PROTOCOLS["hstu_public"])
+
+
+CUT, GAP = 1_000_000, 1800
+
+
+@dataclass
+class Witness:
+    """Keeps the last questions and targets; likes items by their raw number."""
+
+    raw: list[int | str | None]
+    name: str = "witness"
+    asked: Histories | None = None
+    targets: Targets | None = None
+
+    def predict(self, histories: Histories, targets: Targets) -> Prediction:
+        self.asked, self.targets = histories, targets
+        scores = torch.tensor([[float(raw or 0) for raw in self.raw]])  # type: ignore[arg-type]
+        return Prediction(scores=scores.repeat(len(histories.user), 1))
+
+
+def yambda_log(folder: Path, *, ratio: int) -> Dataset:
+    """Two users that listen to the tracks 1 to 4 before the cut, and what they do in the gap and after it."""
+    rows = [(1, item, CUT - 10_000 + item, True, 80) for item in (1, 2, 3, 4)]
+    rows += [(2, item, CUT - 10_000 + item, item == 4, 80) for item in (1, 2, 3, 4)]
+    rows += [(1, 1, CUT - GAP, False, 80), (1, 2, CUT - 1, False, 80)]  # in the gap: nobody's
+    rows += [(1, item, CUT + second, False, ratio) for second, item in enumerate((4, 4, 77))]
+    rows += [(user, 3, CUT, False, 10) for user in (1, 2)]
+    columns = ["uid", "item_id", "timestamp", "is_organic", "played_ratio_pct"]
+    pl.DataFrame(rows, schema=columns, orient="row").write_parquet(folder / "log.parquet")
+    split = SplitConfig(rule="global_time", cut=str(CUT), gap=GAP)
+    return make_shards(
+        MakeShardsConfig(
+            input=str(folder / "log.parquet"),
+            output=str(folder / "data"),
+            schema="yambda",
+            split=split,
+            num_processes=1,
+        )
+    )
+
+
+def test_yambda_asks_at_the_cut_and_ranks_what_was_listened_to(tmp_path: Path) -> None:
+    dataset = yambda_log(tmp_path, ratio=50)
+    witness = Witness(dataset.item_raw())
+    result = evaluate(witness, dataset, PROTOCOLS["yambda"])
+    assert witness.asked is not None
+    assert witness.targets is not None
+    assert witness.asked.timestamp.max() < CUT - GAP
+    assert witness.asked.query_time.tolist() == [CUT, CUT]
+    last = witness.asked.cu_seqlens[1:] - 1
+    assert witness.asked.query_fields["is_organic"].tolist() == witness.asked.fields["is_organic"][last].tolist()
+    assert set(witness.asked.query_fields["is_organic"].tolist()) == {2}  # that of the targets is 1
+    assert len(witness.targets.timestamp) == 5
+    # the first user wants {4, 77}: 4 is on top and 77 unknown; the second listened to nothing and is not ranked
+    assert {name: result.counts[name] for name in ("users", "ranked_users", "ranked_targets", "unknown_targets")} == {
+        "users": 2,
+        "ranked_users": 1,
+        "ranked_targets": 2,
+        "unknown_targets": 1,
+    }
+    assert result.flat()["recall@10"] == 1 / 2
+    assert result.flat()["coverage@10"] == 1.0  # the four tracks of train
+
+
+def test_no_target_that_is_ranked_is_an_error(tmp_path: Path) -> None:
+    dataset = yambda_log(tmp_path, ratio=49)
+    with pytest.raises(UserError, match="no target has the flag 'listened'"):
+        evaluate(Witness(dataset.item_raw()), dataset, PROTOCOLS["yambda"])
