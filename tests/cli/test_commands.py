@@ -97,6 +97,27 @@ def test_train_refuses(tmp_path: Path, arguments: list[str], message: str, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint.keep_best=ndgc@10"], "checkpoint.keep_best: no metric 'ndgc@10'. Did you mean 'ndcg@10'?"),
+        (["checkpoint.keep_best=hr@50"], "checkpoint.keep_best: no metric 'hr@50'"),
+        (["checkpoint.keep_best=listend/auc"], "Did you mean 'listened/auc'?"),
+        (["protocol=yambda"], "the protocol 'yambda' wants split.rule=global_time, the dataset has leave_last_out"),
+        (["protocol.split=valid"], "the dataset has no valid split"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_impossible_evaluation_is_refused_before_training(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_world(tmp_path / "data", num_users=4)
+    asked = [f"data={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "evaluate_every_steps=1", *arguments]
+    assert call("megarec-train", *asked) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments", [["num_steps=3"], []], ids=["one", "none"])
 def test_train_without_data_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("megarec-train", *arguments) == 2
