@@ -115,7 +115,7 @@ class HeadsConfig:
         query_width: width of queries and item vectors.
         hidden_width: hidden width of the MLPs.
         feedback_head: feedback is an MLP of the state and, in the fused layout, of the next context and item; or, with
-            `product_swish`, it reads the product of the state and the next item's rows.
+            `product_swish`, of the state times a vector of them (the public rankers of HSTU).
         item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
         normalize: queries and item vectors have length 1.
         temperature: scores are divided by it; where it is learned, its first value.
