@@ -74,7 +74,9 @@ class HstuBlock(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":
-            return softmax_attention(q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan)
+            return softmax_attention(
+                q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan, visibility=tokens.visibility
+            )
         return hstu_attention(
             q,
             k,
@@ -86,6 +88,7 @@ class HstuBlock(nn.Module):
             time_bias=None if self.time_bias is None else self.enter_heads(self.time_bias),
             plan=tokens.plan,
             time_buckets=tokens.time_buckets,
+            visibility=tokens.visibility,
         )
 
     def _gate(self, u: Tensor, attention: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ class RecModel(nn.Module):
             events.next_timestamp,
             randomness=events.randomness,
             per_event=self.config.tokens_per_event,
+            num_candidates=events.num_candidates,
         )
 
     def _embed(self, events: Events, lookup: Lookup) -> Tensor:
