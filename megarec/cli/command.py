@@ -4,9 +4,10 @@ This and its siblings in `megarec.cli` are the only places that know hydra; noth
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from textwrap import wrap
 from typing import Any, NoReturn, TypeVar
 
@@ -156,12 +157,20 @@ def _explain(error: Exception, presets: str | None, overrides: list[str]) -> Use
 
 
 def _preset_names(presets: str | None) -> dict[str, list[str]]:
-    """The names of the settings files in `megarec.conf` by what they are for: `model: [argus_mini, ...]`."""
+    """The names of the settings files in `megarec.conf` by what they are for: `model: [argus/mini, ...]`."""
     entries = resources.files("megarec.conf").iterdir() if presets else ()
     folders = sorted((e for e in entries if e.is_dir() and not e.name.startswith("_")), key=lambda e: e.name)
-    return {
-        f.name: sorted(e.name.removesuffix(".yaml") for e in f.iterdir() if e.name.endswith(".yaml")) for f in folders
-    }
+    return {folder.name: sorted(_names_below(folder)) for folder in folders}
+
+
+def _names_below(folder: Traversable) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.name.startswith("_"):  # a part of other files
+            continue
+        if entry.is_dir():
+            yield from (f"{entry.name}/{name}" for name in _names_below(entry))
+        elif entry.name.endswith(".yaml"):
+            yield entry.name.removesuffix(".yaml")
 
 
 def _help(
@@ -170,7 +179,9 @@ def _help(
     lines = [f"{name} key=value ...", "", about.strip(), ""]
     if names:
         lines += ["Ready settings; --help beside one shows its keys:", ""]
-        lines += [f"  {group}={'|'.join(members)}" for group, members in names.items()] + [""]
+        for group, members in names.items():
+            lines += wrap(" | ".join(members), HELP_WIDTH, initial_indent=f"  {group}=", subsequent_indent=" " * 6)
+        lines += [""]
     lines += ["Keys, their defaults (??? must be given) and what they mean:", ""]
     for key, value in flatten(settings).items():
         lines.append(f"  {key}={'' if value is None else value}")

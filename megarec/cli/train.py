@@ -1,6 +1,6 @@
 """Trains a model on a dataset directory. The same command under torchrun:
 
-torchrun --nnodes N --nproc-per-node 8 -m megarec.cli.train data=... model=argus_small run_dir=...
+torchrun --nnodes N --nproc-per-node 8 -m megarec.cli.train data=... model=argus/small run_dir=...
 
 A run directory that holds an interrupted run is continued from its newest checkpoint, bit for bit.
 """

@@ -53,7 +53,7 @@ class HstuBlockConfig:
         num_heads: attention heads.
         qk_head_width: channels of a query and a key, per head.
         v_head_width: channels of a value and a gate, per head.
-        weighting: pairs weigh SiLU of their score over `scaling_events`, or the softmax of it over the history (the
+        weighting: pairs weigh SiLU of their score over `scaling_events`, or the softmax of it over the past (the
             ablation of the paper; without biases).
         silu_on: SiLU follows the first linear map on all of U, V, Q, K (research), on U only (production) or nowhere.
         scale: factor of q·k: one (research) or 1 / sqrt(qk_head_width) (production).
@@ -63,6 +63,7 @@ class HstuBlockConfig:
         output_norm: normalises the attention output over the channels of all heads together or of each head.
         input_norm_affine: whether the norm of the input has a learned scale and shift (research: no).
         output_norm_affine: whether the norm of the attention output has them, per channel or per head (research: no).
+        norm_eps: what both norms add to the variance (Meta: 1e-6; NVIDIA: 1e-5).
         concat: what enters the output map, besides the gated norm `U * norm(A)`: nothing; `U` and `norm(A)`
             (research, `concat_ua`); or `U` and `A` (production).
         uvqk_bias: whether the first linear map has a bias.
@@ -82,13 +83,14 @@ class HstuBlockConfig:
     output_norm: Literal["all_heads", "per_head"] = "all_heads"
     input_norm_affine: bool = False
     output_norm_affine: bool = False
+    norm_eps: float = 1e-6
     concat: Literal["none", "u_and_norm", "u_and_attention"] = "none"
     uvqk_bias: bool = False
     output_bias: bool = True
     residual: bool = True
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_heads", "qk_head_width", "v_head_width", "scaling_events")
+        require_positive(self, "num_heads", "qk_head_width", "v_head_width", "scaling_events", "norm_eps")
         if self.num_time_buckets < 0:
             raise UserError(
                 f"{self.num_time_buckets} is negative", where="num_time_buckets", fix="0 means no time bias"
@@ -113,7 +115,7 @@ class HeadsConfig:
         query_width: width of queries and item vectors.
         hidden_width: hidden width of the MLPs.
         feedback_head: feedback is an MLP of the state and, in the fused layout, of the next context and item; or, with
-            `product_swish`, it reads the product of the state and the next item's rows.
+            `product_swish`, of the state times a vector of them (the public rankers of HSTU).
         item_tower: item vectors are the sum of their table rows, a linear map of it, or an MLP of it.
         normalize: queries and item vectors have length 1.
         temperature: scores are divided by it; where it is learned, its first value.

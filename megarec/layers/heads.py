@@ -5,14 +5,14 @@ Source: ARGUS (arXiv 2507.15994), figure "pretraining". Widths of the MLPs and t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarec.layers.config import HeadsConfig
-from megarec.layers.norm import SwishNorm, unit_vectors
+from megarec.layers.norm import LayerNorm, SwishNorm, unit_vectors
 from megarec.parallel.parts import MakeLinear, Parts, whole_parameter
 from megarec.parallel.placement import Init
 
@@ -82,26 +82,55 @@ class ItemTower(nn.Module):
         return unit_vectors(vectors) if self.normalize else vectors
 
 
-class FeedbackHeads(nn.Module):
-    """One map with a group of outputs per feedback field: one output for two values, else one per value.
+class StateTimesItem(nn.Module):
+    """`LN(h) * LN(W4 s(W3 e + b3) + b4)` with `s(x) = x sigmoid(LN(x))`: the state by the vector of the next event.
 
-    The map is an MLP, or with `product_swish` `W2 SwishNorm(W1 x + b1) + b2`, what the public ranker of HSTU reads the
-    product of state and item with (modules/dlrm_hstu.py).
+    Source: the public ranker of HSTU (modules/dlrm_hstu.py, `_item_embedding_mlp`; modules/postprocessors.py,
+    `LayerNormPostprocessor`). It lays the rows of the candidate side by side, where `e` is the sum of the item's and,
+    beside it, of the context's; and its variant that joins the hour and the weekday to the state is not here.
     """
 
-    def __init__(self, num_values: Mapping[str, int], config: HeadsConfig, *, in_width: int, parts: Parts) -> None:
+    def __init__(self, width: int, known_width: int, hidden_width: int, *, parts: Parts) -> None:
+        super().__init__()
+        self.state_norm = LayerNorm(width, eps=1e-5)
+        self.item = Mlp(known_width, hidden_width, width, parts=parts, activation=SwishNorm(hidden_width))
+        self.item_norm = LayerNorm(width, eps=1e-5)
+
+    def forward(self, state: Tensor, known: Tensor) -> Tensor:
+        """States `[T, D]` and what is known of the next events `[T, W]` to `[T, D]`."""
+        product: Tensor = self.state_norm(state) * self.item_norm(self.item(known))
+        return product
+
+
+class FeedbackHeads(nn.Module):
+    """One MLP with a group of outputs per feedback field: one output for two values, else one per value.
+
+    It reads the state and what is known of the next event side by side; or, with `product_swish`, their
+    `StateTimesItem`, and its activation is `SwishNorm`: the ranker of MLPerf ("dlrmv4") and of Meta's public code.
+    """
+
+    def __init__(
+        self, num_values: Mapping[str, int], config: HeadsConfig, *, width: int, known_width: int, parts: Parts
+    ) -> None:
         super().__init__()
         self.num_outputs = {name: 1 if values == 2 else values for name, values in num_values.items()}
-        num_outputs = sum(self.num_outputs.values())
-        activation = SwishNorm(config.hidden_width) if config.feedback_head == "product_swish" else F.gelu
-        self.mlp = (
-            Mlp(in_width, config.hidden_width, num_outputs, parts=parts, activation=activation) if num_outputs else None
-        )
+        num_outputs, hidden = sum(self.num_outputs.values()), config.hidden_width
+        self.product: StateTimesItem | None = None
+        self.mlp: Mlp | None = None
+        if num_outputs and config.feedback_head == "product_swish":
+            self.product = StateTimesItem(width, known_width, hidden, parts=parts)
+            self.mlp = Mlp(width, hidden, num_outputs, parts=parts, activation=SwishNorm(hidden))
+        elif num_outputs:
+            self.mlp = Mlp(width + known_width, hidden, num_outputs, parts=parts)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """`[T, in_width]` to the logits `[T, n]` of each field."""
+    def forward(self, state: Tensor, known: Sequence[Tensor]) -> dict[str, Tensor]:
+        """States `[T, D]` and what is known of the next events, each `[T, E]`, to the logits `[T, n]` of each field."""
         if self.mlp is None:
             return {}
+        if self.product is None:
+            x = torch.cat([state, *known], dim=1)
+        else:
+            x = self.product(state, torch.cat(list(known), dim=1))
         groups = self.mlp(x).split(list(self.num_outputs.values()), dim=1)
         return dict(zip(self.num_outputs, groups, strict=True))
 

@@ -24,7 +24,9 @@ class HstuBlock(nn.Module):
     ```
     The divisor is a fixed number, where the published code takes a padded length: results then do not depend on
     who shares a batch. Rows of `W_1` are laid out [head, (U, V, Q, K), channel] and columns of `W_2` [head, (gates),
-    channel], so that a tensor-parallel shard is a slice; the published layout has all heads of U first. `W_1` and
+    channel], so that a tensor-parallel shard is a slice; the published layout has all heads of U first
+    (`megarec.models.hstu.convert`). With `weighting=softmax` the weights are the softmax over j <= i of the scaled
+    scores: the public code takes it over all columns, the future and the padding too, and masks afterwards. `W_1` and
     the biases p, t start as normal(0, 0.02), `W_2` with the variance of Xavier and its bias uniform within
     ±1 / sqrt(inputs), as the public research code does.
     """
@@ -40,17 +42,17 @@ class HstuBlock(nn.Module):
         uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
         value_width = config.num_heads * config.v_head_width
         out_width = value_width * (1 if config.concat == "none" else 3)
-        bias_init = Init(kind="normal", std=0.02)
-        self.norm = LayerNorm(width, affine=config.input_norm_affine)
+        bias_init, eps = Init(kind="normal", std=0.02), config.norm_eps
+        self.norm = LayerNorm(width, affine=config.input_norm_affine, eps=eps)
         self.uvqk = parts.column_linear(width, uvqk_width, bias=config.uvqk_bias, std=0.02)
         self.position_bias = whole_parameter((max_tokens,), bias_init) if config.position_bias else None
         num_buckets = config.num_time_buckets
         self.time_bias = whole_parameter((num_buckets + 1,), bias_init) if num_buckets else None
         self.output_norm: nn.Module
         if config.output_norm == "all_heads":
-            self.output_norm = LayerNorm(value_width, affine=config.output_norm_affine)
+            self.output_norm = LayerNorm(value_width, affine=config.output_norm_affine, eps=eps)
         else:
-            self.output_norm = HeadNorm(config.num_heads, affine=config.output_norm_affine, parts=parts)
+            self.output_norm = HeadNorm(config.num_heads, affine=config.output_norm_affine, eps=eps, parts=parts)
         self.dropout = Dropout(dropout, layer=layer, site="output")
         out_std = (2.0 / (out_width + width)) ** 0.5
         bound = out_width**-0.5
@@ -72,7 +74,9 @@ class HstuBlock(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":
-            return softmax_attention(q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan)
+            return softmax_attention(
+                q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan, visibility=tokens.visibility
+            )
         return hstu_attention(
             q,
             k,
@@ -84,6 +88,7 @@ class HstuBlock(nn.Module):
             time_bias=None if self.time_bias is None else self.enter_heads(self.time_bias),
             plan=tokens.plan,
             time_buckets=tokens.time_buckets,
+            visibility=tokens.visibility,
         )
 
     def _gate(self, u: Tensor, attention: Tensor) -> Tensor:

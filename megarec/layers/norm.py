@@ -29,7 +29,7 @@ class HeadNorm(nn.Module):
     Source: the group norm of the public production code of HSTU, which has one group and one scale per head.
     """
 
-    def __init__(self, num_heads: int, *, affine: bool, parts: Parts, eps: float = 1e-6) -> None:
+    def __init__(self, num_heads: int, *, affine: bool, eps: float, parts: Parts) -> None:
         super().__init__()
         self.eps = eps
         self.enter_heads = parts.enter_heads

@@ -65,6 +65,7 @@ class SasrecBlock(nn.Module):
             tokens.cu_seqlens,
             scale=self.head_width**-0.5,
             plan=tokens.plan,
+            visibility=tokens.visibility,
             weigh=self.attention_dropout(tokens.randomness),
         )
         y = self.norm(normed + self.attention_out(attention.flatten(1)))

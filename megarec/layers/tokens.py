@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from megarec_kernels.hstu_attention import TimeBuckets
 from megarec_kernels.tiles import TilePlan, plan_tiles
+from megarec_kernels.visibility import Visibility, candidate_suffix
 from torch import Tensor
 
 from megarec.layers.dropout import Randomness
@@ -22,6 +23,7 @@ class Tokens:
         randomness: of dropout, by token.
         plan: how attention cuts the histories into tiles; made once for all blocks.
         time_buckets: the bucket of the time between any two tokens, for blocks with a time bias.
+        visibility: which earlier tokens a token sees; None: all of its history.
     """
 
     cu_seqlens: Tensor
@@ -30,10 +32,17 @@ class Tokens:
     randomness: Randomness | None
     plan: TilePlan
     time_buckets: TimeBuckets | None = None
+    visibility: Visibility | None = None
 
 
 def split_events(
-    cu_seqlens: Tensor, timestamp: Tensor, next_timestamp: Tensor, *, randomness: Randomness | None, per_event: int
+    cu_seqlens: Tensor,
+    timestamp: Tensor,
+    next_timestamp: Tensor,
+    *,
+    randomness: Randomness | None,
+    per_event: int,
+    num_candidates: Tensor | None = None,
 ) -> Tokens:
     """The tokens of events that are split into `per_event` tokens each; the arguments speak of events.
 
@@ -44,12 +53,17 @@ def split_events(
     if randomness is not None:
         number = randomness.token.unsqueeze(1) * per_event + torch.arange(per_event, device=timestamp.device)
         randomness = Randomness(key=randomness.key, token=number.flatten())
+    visibility = None
+    if num_candidates is not None:
+        num_tokens = len(timestamp) * per_event
+        visibility = candidate_suffix(cu_seqlens * per_event, num_candidates, group=per_event, num_tokens=num_tokens)
     return Tokens(
         cu_seqlens=cu_seqlens * per_event,
         timestamp=timestamp.repeat_interleave(per_event),
         query_timestamp=query_timestamp.flatten(),
         randomness=randomness,
         plan=plan_tiles(cu_seqlens * per_event),
+        visibility=visibility,
     )
 
 

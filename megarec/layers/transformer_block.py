@@ -49,7 +49,10 @@ class TransformerBlock(nn.Module):
         """`[T, D]` to `[T, D]`."""
         qkv = self.qkv(self.attention_norm(x)).view(-1, self.local_heads, 3 * self.head_width)
         q, k, v = qkv.split(self.head_width, dim=2)
-        attention = softmax_attention(q, k, v, tokens.cu_seqlens, scale=self.head_width**-0.5, plan=tokens.plan)
+        scale = self.head_width**-0.5
+        attention = softmax_attention(
+            q, k, v, tokens.cu_seqlens, scale=scale, plan=tokens.plan, visibility=tokens.visibility
+        )
         x = x + self.attention_dropout(self.attention_out(attention.flatten(1)), tokens.randomness)
         hidden = F.gelu(self.up(self.feed_forward_norm(x)))
         return x + self.feed_forward_dropout(self.down(hidden), tokens.randomness)

@@ -60,12 +60,6 @@ class SequenceConfig:
                 where="heads.query_residual",
                 fix="Set query_width to model.width and query_context=true",
             )
-        if self.heads.feedback_head == "product_swish" and self.table_width != self.width:
-            raise UserError(
-                f"a state of width {self.width} has no product with rows of width {self.table_width}",
-                where="heads.feedback_head",
-                fix="Set model.table_width to model.width, or feedback_head=mlp",
-            )
         if self.heads.item_tower == "none" and self.heads.query_width != self.table_width:
             raise UserError(
                 f"a table row is the item vector, but is {self.table_width} wide and not {self.heads.query_width}",

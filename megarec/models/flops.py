@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarec.models.config import SequenceConfig
-from megarec.models.shape import InputShape
+from megarec.models.shape import InputShape, known_at_feedback
 
 FORWARD_AND_BACKWARD = 3
 
@@ -40,7 +40,6 @@ def ends_flops(
     """
     width, table_width, heads = config.width, config.table_width, config.heads
     context_width = table_width if shape.context else 0
-    item_width = table_width if shape.item else 0
     flops = FORWARD_AND_BACKWARD * 2 * num_scores * heads.query_width
     if table_width != width:
         flops += linear_flops(num_events * config.tokens_per_event, table_width, width)
@@ -51,8 +50,11 @@ def ends_flops(
     elif heads.item_tower == "mlp":
         flops += _mlp_flops(num_candidates, table_width, heads.hidden_width, out_width=heads.query_width)
     if shape.feedback_heads:
-        reads_more = config.token_layout == "fused" and heads.feedback_head == "mlp"
-        in_width = width + context_width + item_width if reads_more else width
+        known_width = known_at_feedback(config, shape).count(True) * table_width
+        in_width = width + known_width
+        if heads.feedback_head == "product_swish":
+            in_width = width
+            flops += _mlp_flops(num_events, known_width, heads.hidden_width, out_width=width)
         outputs = sum(1 if values == 2 else values for values in shape.feedback_heads.values())
         flops += _mlp_flops(num_events, in_width, heads.hidden_width, out_width=outputs)
     return flops

@@ -32,6 +32,8 @@ class Events:
         next_context_rows: `[T, Sc]` int64, what is known before the next event.
         next_item_rows: `[T, Si]` int64, the next event's item: read by the feedback heads of the fused layout alone.
         randomness: of dropout, by event; None: no dropout.
+        num_candidates: `[B]` int64, how many events at the end of each history are candidates, which see the history
+            and not each other; None: none.
     """
 
     cu_seqlens: Tensor
@@ -44,3 +46,4 @@ class Events:
     next_context_rows: Tensor
     next_item_rows: Tensor
     randomness: Randomness | None = None
+    num_candidates: Tensor | None = None

@@ -11,7 +11,7 @@ from megarec.layers.position import PositionEmbedding
 from megarec.layers.tokens import Tokens, interleave, next_event, split_events, token_of_event
 from megarec.models.config import SequenceConfig
 from megarec.models.inputs import Events, Lookup
-from megarec.models.shape import InputShape
+from megarec.models.shape import InputShape, known_at_feedback
 from megarec.parallel.parts import Parts
 
 INPUT_LAYER = -1  # dropout of the input counts as a layer before the first
@@ -29,7 +29,8 @@ class RecModel(nn.Module):
 
     Row t of every output speaks of event t + 1. The query for its item reads the state of event t's last token and
     c_{t+1}. The feedback heads read the same state, c_{t+1} and i_{t+1} in the fused layout; otherwise the state of
-    event t + 1's item token, which has seen both, so the next event must be in the pack. The sequence of blocks and
+    event t + 1's item token, which has seen both (and i_{t+1} once more for the product with it), so the next event
+    must be in the pack. The sequence of blocks and
     the norm behind them are the subclasses'.
     """
 
@@ -59,13 +60,18 @@ class RecModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         context_width = table_width if shape.context else 0
-        item_width = table_width if shape.item else 0
         self.query = NextItemQuery(config.heads, width=width, context_width=context_width, parts=parts)
         self.item_tower = ItemTower(config.heads, table_width=table_width, parts=parts)
-        reads_more = config.token_layout == "fused" and config.heads.feedback_head == "mlp"
-        feedback_width = width + context_width + item_width if reads_more else width
-        self.feedback = FeedbackHeads(shape.feedback_heads, config.heads, in_width=feedback_width, parts=parts)
+        known_width = known_at_feedback(config, shape).count(True) * table_width
+        self.feedback = FeedbackHeads(
+            shape.feedback_heads, config.heads, width=width, known_width=known_width, parts=parts
+        )
         self.temperature = InverseTemperature(config.heads)
+
+    @property
+    def reads_query_time(self) -> bool:
+        """Whether the state of a history depends on the time at which it is asked about what comes next."""
+        return False
 
     def encode(self, events: Events, lookup: Lookup) -> Tensor:
         """The states of all tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
@@ -95,19 +101,14 @@ class RecModel(nn.Module):
         if not self.shape.feedback_heads:
             return {}
         per_event = self.config.tokens_per_event
+        state, next_item_rows = states, events.next_item_rows
         if per_event > 1:
             state = next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens)
-        else:
-            state = states
-        if self.config.heads.feedback_head == "product_swish":
-            item = next_event(self._sum_rows(events.item_rows, lookup), events.cu_seqlens) if per_event > 1 else None
-            known = state * (self._sum_rows(events.next_item_rows, lookup) if item is None else item)
-        elif per_event > 1:
-            known = state
-        else:
-            more = [(self.shape.context, events.next_context_rows), (self.shape.item, events.next_item_rows)]
-            known = torch.cat([state, *(self._sum_rows(rows, lookup) for fields, rows in more if fields)], dim=1)
-        logits: dict[str, Tensor] = self.feedback(known)
+            next_item_rows = next_event(events.item_rows + 1, events.cu_seqlens) - 1  # no next event: empty slots
+        reads_context, reads_item = known_at_feedback(self.config, self.shape)
+        known = [self._sum_rows(events.next_context_rows, lookup)] if reads_context else []
+        known += [self._sum_rows(next_item_rows, lookup)] if reads_item else []
+        logits: dict[str, Tensor] = self.feedback(state, known)
         return logits
 
     def inverse_temperature(self) -> Tensor:
@@ -123,6 +124,7 @@ class RecModel(nn.Module):
             events.next_timestamp,
             randomness=events.randomness,
             per_event=self.config.tokens_per_event,
+            num_candidates=events.num_candidates,
         )
 
     def _embed(self, events: Events, lookup: Lookup) -> Tensor:

@@ -34,8 +34,7 @@ class RowMap:
         *,
         next_fields: Mapping[str, Ids],
         next_item: Ids,
-        timestamp: Ids,
-        position: Ids,
+        gap_seconds: Ids,
         next_gap_seconds: Ids,
     ) -> dict[str, Rows]:
         """The rows of T events and of what is asked after each, by `EVENT_PARTS`.
@@ -44,16 +43,13 @@ class RowMap:
             fields: ids of the item and of each context and feedback field, `[T]` or `[T, slots]`.
             next_fields: ids of each context field of the next event.
             next_item: item ids of the next event, `[T]`; -1 where it is not told.
-            timestamp: seconds, `[T]`.
-            position: place of the event in its window, from 0, `[T]`.
+            gap_seconds: since the event before, `[T]`; negative for none.
             next_gap_seconds: until the next event, `[T]`; negative for none.
         """
-        gap_seconds = np.diff(timestamp, prepend=0)
-        gap_seconds[position == 0] = -1
         return {
             "context": self.context(fields, gap_seconds=gap_seconds),
             "item": self.item(fields["item"].astype(np.int64)),
-            "feedback": self.feedback(fields, len(position)),
+            "feedback": self.feedback(fields, len(gap_seconds)),
             "next_context": self.context(next_fields, gap_seconds=next_gap_seconds),
             "next_item": self.item(next_item),
         }

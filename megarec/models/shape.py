@@ -89,6 +89,16 @@ def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> Inpu
     return shape
 
 
+def known_at_feedback(config: SequenceConfig, shape: InputShape) -> tuple[bool, bool]:
+    """Whether the feedback heads read the next event's context and its item beside a state.
+
+    The state of an item token has seen both; a product with the item needs it all the same.
+    """
+    fused = config.token_layout == "fused"
+    reads_item = fused or config.heads.feedback_head == "product_swish"
+    return fused and bool(shape.context), reads_item and bool(shape.item)
+
+
 def bucket_time_gap(seconds: npt.NDArray[np.integer], num_buckets: int) -> npt.NDArray[np.int32]:
     """Ids of the field `time_gap`: 1 for less than 2 seconds, 2 for less than 4, and so on up to `num_buckets`.
 
@@ -140,6 +150,12 @@ def _check(shape: InputShape, config: SequenceConfig) -> None:
         raise UserError("the model reads nothing", where="model.input_fields")
     if not shape.item_tower:
         raise UserError("an item vector needs a field", where="model.item_fields", fix="Name 'item'")
+    if shape.feedback_heads and config.heads.feedback_head == "product_swish" and not shape.item:
+        raise UserError(
+            "product_swish multiplies the state by the item, but the input has none",
+            where="model.heads.feedback_head",
+            fix="Set it to mlp, or name 'item' in model.input_fields",
+        )
     needed = {
         "fused": (),
         "item_action": ("item", "feedback"),

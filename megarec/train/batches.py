@@ -91,8 +91,7 @@ class BatchMaker:
             pack.fields,
             next_fields=pack.next_fields,
             next_item=asked,
-            timestamp=pack.timestamp,
-            position=pack.position,
+            gap_seconds=np.where(pack.position == 0, -1, np.diff(pack.timestamp, prepend=0)),
             next_gap_seconds=np.where(pack.has_target, pack.next_timestamp - pack.timestamp, -1),
         )
         targets, columns = self._next_item_columns(asked, key)

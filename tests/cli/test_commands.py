@@ -68,8 +68,10 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["+model.depth=3"], "adds or removes a key"),
-        (["modle=argus_tiny"], "unknown key 'modle'. Did you mean 'model'?"),
-        (["model=argus_huge"], "model: 'argus_huge' is not there. Did you mean 'argus_tiny'?"),
+        (["modle=argus/tiny"], "unknown key 'modle'. Did you mean 'model'?"),
+        (["model=argus_huge"], "model: 'argus_huge' is not there. Did you mean 'argus/large'?"),
+        (["model=hstu"], "model: 'hstu' is not there. Did you mean 'hstu/tiny'?"),
+        (["experiment=_parts/ml1m"], "experiment: '_parts/ml1m' is not there. Allowed: hstu_books"),
         (["experiment=quick"], "experiment: 'quick' is not there"),
         (["num_steps"], "not of the form key=value"),
         (["num_steps=many"], "num_steps: expected int, got 'many'"),
@@ -125,9 +127,10 @@ def test_train_without_data_says_so(arguments: list[str], capsys: pytest.Capture
 def test_help_shows_the_keys_of_the_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("megarec-train", "--help") == 0
     shown = capsys.readouterr().out
-    assert "model=argus_mini|argus_small|argus_tiny|hstu_ml1m|hstu_tiny" in shown
+    assert "model=argus/large | argus/medium | argus/mini | argus/small | argus/tiny | hstu/books |" in shown
+    assert "experiment=hstu_books | " in shown and "_parts" not in shown
     assert "feed_forward_multiple" in shown
-    assert call("megarec-train", "model=hstu_tiny", "--help") == 0
+    assert call("megarec-train", "model=hstu/tiny", "--help") == 0
     assert "model.block.num_time_buckets" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ def test_two_seeds_stand_beside_the_baselines_in_one_table(tmp_path: Path) -> No
     log, data, runs = data_file("ml-100k.inter"), tmp_path / "data", [tmp_path / "one", tmp_path / "two"]
     settings = [
         f"data={data}",
-        "model=hstu_tiny",
+        "model=hstu/tiny",
         "model.feedback_heads=[]",
         "num_steps=4",
         "stream.tokens_per_pack=2048",

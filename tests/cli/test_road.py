@@ -33,7 +33,7 @@ def run_commands(*commands: list[str]) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("model", ["argus_tiny", "hstu_tiny"])
+@pytest.mark.parametrize("model", ["argus/tiny", "hstu/tiny"])
 def test_log_to_recommendations(tmp_path: Path, model: str) -> None:
     log, data, run, bundle = (str(tmp_path / name) for name in ("log", "data", "run", "bundle"))
     settings = ["num_steps=8", "stream.tokens_per_pack=512", "stream.lanes=2", "stream.max_history_events=128"]

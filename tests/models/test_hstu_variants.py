@@ -1,6 +1,7 @@
 """Every published variant of the HSTU block against the equations of its own source, in the weights of that source.
 
 The references are dense and padded, as the sources are, and know nothing of the package but the settings of a row.
+Each takes what dropout leaves of the output map's input, `keep`, and multiplies by it where its source drops.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megarec_kernels.hstu_attention import bucket_times
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from megarec.base.errors import UserError
 from megarec.layers.config import HstuBlockConfig
+from megarec.layers.dropout import Randomness
 from megarec.layers.hstu_block import HstuBlock
 from megarec.layers.tokens import Tokens, split_events
 from megarec.models.hstu.convert import block_from_published
@@ -50,7 +52,7 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
     return values.view(len(values), heads, -1).transpose(0, 1)
 
 
-def research(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tensor) -> Tensor:
+def research(layer: Layer, w: Weights, x: Tensor, keep: Tensor, times: tuple[Tensor, Tensor]) -> Tensor:
     """generative_recommenders/research/modeling/sequential/hstu.py, SequentialTransductionUnitJagged."""
     n, mm = len(x), F.layer_norm(x, (WIDTH,), eps=1e-6) @ w["_uvqk"]
     if layer.extra.get("activation", "silu") == "silu":
@@ -62,17 +64,17 @@ def research(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tens
         place = torch.arange(PADDED)
         pos = w["_rel_attn_bias._pos_w"][PADDED - 1 + place[None, :] - place[:, None]]
         asked, happened = (torch.zeros(PADDED, dtype=torch.int64) for _ in range(2))
-        asked[:n], happened[:n] = query_time, time
+        happened[:n], asked[:n] = times
         seconds = (asked[:, None] - happened[None, :]).abs().clamp(min=1)
         qk = qk + pos + w["_rel_attn_bias._ts_w"][(seconds.double().log() / 0.301).long().clamp(0, NUM_BUCKETS)]
     weight = F.silu(qk) / PADDED * torch.ones(PADDED, PADDED).tril()
     attention = (weight @ v).transpose(0, 1).reshape(PADDED, -1)[:n]
     a = F.layer_norm(attention, (layer.heads * layer.dv,), eps=1e-6)
     out = torch.cat([u, a, u * a], dim=1) if layer.concat else u * a
-    return F.linear(out, w["_o.weight"], w["_o.bias"]) + x
+    return F.linear(out * keep, w["_o.weight"], w["_o.bias"]) + x
 
 
-def production(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tensor) -> Tensor:
+def production(layer: Layer, w: Weights, x: Tensor, keep: Tensor, times: tuple[Tensor, Tensor]) -> Tensor:
     """generative_recommenders/modules/stu.py, ops/hstu_compute.py, ops/pytorch/pt_hstu_{linear,attention}.py."""
     n = len(x)
     normed = F.layer_norm(x, (WIDTH,), w["_input_norm_weight"], w["_input_norm_bias"], eps=1e-6)
@@ -88,35 +90,38 @@ def production(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Te
         y = u * grouped.reshape(n, -1)
     else:
         y = u * F.layer_norm(attention, (layer.heads * layer.dv,), scale, shift, eps=1e-6)
-    return torch.addmm(x, torch.cat([u, attention, y], dim=1), w["_output_weight"])
+    return torch.addmm(x, torch.cat([u, attention, y], dim=1) * keep, w["_output_weight"])
 
 
-def nvidia(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tensor) -> Tensor:
-    """NVIDIA recsys-examples, examples/hstu/modules/native_hstu_layer.py, HSTULayer."""
+def nvidia(layer: Layer, w: Weights, x: Tensor, keep: Tensor, times: tuple[Tensor, Tensor]) -> Tensor:
+    """NVIDIA recsys-examples, examples/hstu/modules/native_hstu_layer.py, HSTULayer; eps of configs/hstu_config.py."""
     n = len(x)
     input_norm = (w["_input_norm_weight"], w["_input_norm_bias"]) if "_input_norm_weight" in w else (None, None)
-    mixed = F.silu(F.layer_norm(x, (WIDTH,), *input_norm, eps=1e-6) @ w["_uvqk_weight"] + w["_uvqk_beta"])
+    mixed = F.silu(F.layer_norm(x, (WIDTH,), *input_norm, eps=1e-5) @ w["_uvqk_weight"] + w["_uvqk_beta"])
     u, v, q, k = mixed.split([layer.heads * layer.dv] * 4, dim=1)
     q, k, v = (split_heads(pad(t), layer.heads) for t in (q, k, v))
     weight = F.silu(q @ k.transpose(1, 2) * layer.dv**-0.5) / PADDED * torch.ones(PADDED, PADDED).tril()
     attention = (weight @ v).transpose(0, 1).reshape(PADDED, -1)[:n]
-    normed = F.layer_norm(attention, attention.shape[1:], w["_output_norm_weight"], w["_output_norm_bias"], eps=1e-6)
-    out = (u * normed) @ w["_output_weight"]
+    normed = F.layer_norm(attention, attention.shape[1:], w["_output_norm_weight"], w["_output_norm_bias"], eps=1e-5)
+    out = (u * normed * keep) @ w["_output_weight"]
     return out + x if layer.extra["residual"] else out
 
 
-def softmax_ablation(layer: Layer, w: Weights, x: Tensor, time: Tensor, query_time: Tensor) -> Tensor:
-    """arXiv 2402.17152, tables 2 and 5, "HSTU (-rab, Softmax)": the research layer with softmax for SiLU."""
+def softmax_ablation(layer: Layer, w: Weights, x: Tensor, keep: Tensor, times: tuple[Tensor, Tensor]) -> Tensor:
+    """arXiv 2402.17152, tables 2 and 5, "HSTU (-rab, Softmax)": the research layer with softmax for SiLU.
+
+    Not the research code's `softmax_rel_bias`: its softmax runs over the future and the padding and is masked behind.
+    """
     u, v, q, k = F.silu(F.layer_norm(x, (WIDTH,), eps=1e-6) @ w["_uvqk"]).split([layer.heads * layer.dv] * 4, dim=1)
     q, k, v = (split_heads(t, layer.heads) for t in (q, k, v))
     scores = q @ k.transpose(1, 2) * layer.dv**-0.5
     future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     attention = (scores.masked_fill(future, -torch.inf).softmax(dim=2) @ v).transpose(0, 1).reshape(len(x), -1)
     out = u * F.layer_norm(attention, attention.shape[1:], eps=1e-6)
-    return F.linear(out, w["_o.weight"], w["_o.bias"]) + x
+    return F.linear(out * keep, w["_o.weight"], w["_o.bias"]) + x
 
 
-Reference = Callable[[Layer, Weights, Tensor, Tensor, Tensor], Tensor]
+Reference = Callable[[Layer, Weights, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 RESEARCH: dict[str, Any] = {"position_bias": True, "num_time_buckets": NUM_BUCKETS}
 PRODUCTION: dict[str, Any] = {
     "silu_on": "u",
@@ -129,6 +134,7 @@ PRODUCTION: dict[str, Any] = {
     "output_bias": False,
 }
 NVIDIA: dict[str, Any] = {
+    "norm_eps": 1e-5,
     "scale": "inverse_sqrt_width",
     "position_bias": False,
     "output_norm_affine": True,
@@ -141,7 +147,8 @@ VARIANTS: dict[str, tuple[Reference, Layer, dict[str, Any]]] = {
     "research, public tables": (research, Layer(), RESEARCH),
     "research, one head (ML-1M)": (research, Layer(heads=1, dqk=4, dv=4), RESEARCH),
     "research, concat_ua": (research, Layer(concat=True), RESEARCH | {"concat": "u_and_norm"}),
-    "research, enable_relative_attention_bias=False": (research, Layer(extra={"rab": False}), {"position_bias": False}),
+    # enable_relative_attention_bias=False stops at an assertion of the source; without timestamps it has no bias either
+    "research, no timestamps": (research, Layer(extra={"rab": False}), {"position_bias": False}),
     "research, linear_activation=none": (research, Layer(extra={"activation": "none"}), RESEARCH | {"silu_on": "none"}),
     "production": (production, Layer(concat=True), PRODUCTION),
     "production, use_group_norm": (
@@ -166,6 +173,7 @@ OTHER: dict[str, list[Any]] = {
     "scale": ["one", "inverse_sqrt_width"],
     "scaling_events": [float(PADDED), 2.0 * PADDED],
     "output_norm": ["all_heads", "per_head"],
+    "norm_eps": [1e-6, 1e-5],
     "concat": ["u_and_norm", "u_and_attention"],
     "residual": [True, False],
 }
@@ -197,6 +205,23 @@ def make_weights(reference: Reference, layer: Layer) -> Weights:
     }
 
 
+class Keep(nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: Tensor, randomness: Randomness | None) -> Tensor:
+        return x * self.keep
+
+
+def make_keep(layer: Layer) -> Tensor:
+    """What dropout leaves of the output map's input, `[T, gates]`, in the source's order [gate, head, channel]."""
+    width = layer.heads * layer.dv * (3 if layer.concat else 1)
+    return torch.rand(NUM_TOKENS, width, generator=torch.Generator().manual_seed(5)).gt(0.3).double() / 0.7
+
+
 def make_events() -> tuple[Tensor, Tokens]:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(NUM_TOKENS, WIDTH, generator=generator, dtype=torch.float64)
@@ -206,9 +231,10 @@ def make_events() -> tuple[Tensor, Tokens]:
     return x, replace(tokens, time_buckets=buckets)
 
 
-def ours(config: HstuBlockConfig, weights: Weights, x: Tensor, tokens: Tokens) -> Tensor:
+def ours(config: HstuBlockConfig, converted: Weights, keep: Tensor, x: Tensor, tokens: Tokens) -> Tensor:
     block = HstuBlock(config, width=WIDTH, layer=0, max_tokens=PADDED, dropout=0.0, parts=local_parts()).double()
-    converted = block_from_published(weights, config)
+    by_gate = keep.view(NUM_TOKENS, -1, config.num_heads, config.v_head_width)
+    block.dropout = Keep(by_gate.transpose(1, 2).flatten(1))  # type: ignore[assignment]
     assert set(converted) == {name for name, _ in block.named_parameters()}
     for name, parameter in block.named_parameters():
         assert parameter.shape == converted[name].shape, name
@@ -222,18 +248,22 @@ def results(forward: Callable[[Tensor], Tensor], x: Tensor, weights: Weights) ->
     return [out.detach(), *gradients]
 
 
-def compare(name: str, changes: dict[str, Any]) -> None:
+def compare(name: str, *, by_head: bool = True, same_keep: bool = True, **changes: Any) -> None:
+    """The block with `changes` against the source; `by_head` off: weights stay in the order of the source."""
     reference, layer, settings = VARIANTS[name]
-    weights, (x, tokens) = make_weights(reference, layer), make_events()
-    config = make_config(layer, settings)
+    weights, keep, (x, tokens) = make_weights(reference, layer), make_keep(layer), make_events()
+    config = replace(make_config(layer, settings), **changes)
+    one_head = replace(config, num_heads=1, qk_head_width=layer.heads * layer.dqk, v_head_width=layer.heads * layer.dv)
+    converted = block_from_published(weights, config if by_head else one_head)
+    our_keep = keep if same_keep else keep.flip(1)
 
     def published(x: Tensor) -> Tensor:
         spans = pairwise(BOUNDS.tolist())
         users = [slice(first, last) for first, last in spans]
-        asked, happened = tokens.query_timestamp, tokens.timestamp
-        return torch.cat([reference(layer, weights, x[u], happened[u], asked[u]) for u in users])
+        happened, asked = tokens.timestamp, tokens.query_timestamp
+        return torch.cat([reference(layer, weights, x[u], keep[u], (happened[u], asked[u])) for u in users])
 
-    found = results(lambda x: ours(replace(config, **changes), weights, x, tokens), x, weights)
+    found = results(lambda x: ours(config, converted, our_keep, x, tokens), x, weights)
     for mine, theirs in zip(found, results(published, x, weights), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
 
@@ -241,7 +271,7 @@ def compare(name: str, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_block_equals_its_source_forward_and_all_gradients(name: str) -> None:
     assert VARIANTS[name][0].__doc__  # says which file of which repository it was written from
-    compare(name, {})
+    compare(name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -260,15 +290,27 @@ def test_every_other_value_of_a_switch_is_seen(name: str) -> None:
                 continue
             try:
                 with pytest.raises(AssertionError):
-                    compare(name, {switch: other})
+                    compare(name, **{switch: other})
             except UserError:  # the settings do not go together
                 continue
             tried += 1
     assert tried >= 3
 
 
+@pytest.mark.parametrize("name", [name for name, (_, layer, _) in VARIANTS.items() if layer.heads > 1])
+def test_weights_in_the_order_of_the_source_are_seen(name: str) -> None:
+    with pytest.raises(AssertionError):
+        compare(name, by_head=False)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dropout_of_other_channels_is_seen(name: str) -> None:
+    with pytest.raises(AssertionError):
+        compare(name, same_keep=False)
+
+
 def test_a_layer_of_another_kind_is_refused() -> None:
-    with pytest.raises(KeyError, match="_relative"):
+    with pytest.raises(UserError, match="_relative"):
         block_from_published({"_relative": torch.zeros(3)}, HstuBlockConfig())
 
 

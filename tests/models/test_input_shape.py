@@ -68,6 +68,10 @@ def test_fields_that_cannot_be_predicted_get_no_head() -> None:
         (ArgusConfig(feedback_heads=("device",)), "model.feedback_heads.*device"),
         (ArgusConfig(input_fields=("item",), token_layout="item_action"), "feedback fields.*fused"),
         (ArgusConfig(input_fields=("item", "like"), token_layout="context_item_feedback"), "context fields"),
+        (
+            ArgusConfig(input_fields=("like", "organic"), heads=HeadsConfig(feedback_head="product_swish")),
+            "model.heads.feedback_head.*item",
+        ),
     ],
 )
 def test_settings_the_dataset_cannot_serve_are_refused(config: ArgusConfig, message: str) -> None:

@@ -1,8 +1,12 @@
+from importlib.resources import files
+
 import numpy as np
 import pytest
+import yaml
 from test_model_twins import CASES, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from megarec.base.config import build
 from megarec.layers.config import HeadsConfig, HstuBlockConfig
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.hstu.config import HstuConfig
@@ -50,17 +54,35 @@ def test_mlperf_ranker_is_its_published_count() -> None:
     """MLPerf "dlrmv4" counts 315.7 GFLOP a sample of 4,096 tokens: 77.3 (UVQK) + 58.0 (out) + 180.4 (attention).
 
     It counts attention 3.5 times where we count 3 (the recomputed scores), and S^2 / 2 pairs where we count
-    S (S + 1) / 2.
+    S (S + 1) / 2. It counts whole windows, of which .508 is filled on average; we count what is there.
     """
-    block = HstuBlockConfig(num_heads=4, qk_head_width=128, v_head_width=128, concat="u_and_attention")
-    config = HstuConfig(width=512, table_width=512, num_layers=3, max_positions=4096, block=block)
-    ours = config.num_layers * block_flops(config, np.array([4096]))
-    attention = 180.4e9 * 3 / 3.5 * 4097 / 4096
-    assert ours == pytest.approx(77.3e9 + 58.0e9 + attention, rel=1e-3)
+    preset = files("megarec.conf").joinpath("model", "hstu", "mlperf.yaml").read_text()
+    config = build(HstuConfig, yaml.safe_load(preset))
+
+    def published(tokens: int) -> list[int]:
+        """UVQK `L 3 2 S D N (2 Hqk + 2 Hv)`, out `L 3 2 S (3 N Hv) D`, attention `L 3.5 2 S^2/2 N (Hqk + Hv)`."""
+        return [3 * 3 * 2 * tokens * 512 * 2048, 3 * 3 * 2 * tokens * 1536 * 512, 21 * tokens**2 // 2 * 4 * 256]
+
+    assert [round(part / 1e9, 1) for part in published(4096)] == [77.3, 58.0, 180.4]
+    assert round(sum(published(4096)) / 1e9, 1) == 315.7
+    for tokens in (4096, round(0.508 * 4096)):
+        uvqk, out, attention = published(tokens)
+        ours = config.num_layers * block_flops(config, np.array([tokens]))
+        assert ours == pytest.approx(uvqk + out + attention * (3 / 3.5) * (tokens + 1) / tokens, rel=1e-7)
 
 
 @pytest.mark.parametrize(
-    "name", ["argus", "hstu", "argus_item_mlp", "hstu_item_action", "hstu_u_and_norm", "hstu_one_head", "hstu_product"]
+    "name",
+    [
+        "argus",
+        "hstu",
+        "argus_item_mlp",
+        "hstu_item_action",
+        "hstu_u_and_norm",
+        "hstu_one_head",
+        "hstu_product",
+        "hstu_product_item_action",
+    ],
 )
 def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, log = CASES[name], SmallLog()

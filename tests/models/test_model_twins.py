@@ -19,6 +19,7 @@ from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, s
 from tests.models.twins import Twin
 
 HEADS = HeadsConfig(query_width=10, hidden_width=11)
+PRODUCT = replace(HEADS, feedback_head="product_swish")
 BLOCK = HstuBlockConfig(num_heads=2, qk_head_width=3, v_head_width=5, num_time_buckets=30, scaling_events=7.0)
 ARGUS = ArgusConfig(width=12, table_width=6, max_positions=16, heads=HEADS, block=TransformerBlockConfig(num_heads=3))
 HSTU = HstuConfig(width=12, table_width=6, max_positions=16, heads=HEADS, block=BLOCK)
@@ -38,12 +39,10 @@ SHARED_SWITCHES = {
     "row_is_item": {"heads": replace(HEADS, item_tower="none", query_width=6)},
     "item_mlp": {"heads": replace(HEADS, item_tower="mlp")},
     "not_normalized": {"heads": replace(HEADS, normalize=False)},
-    "product": {"table_width": 12, "heads": replace(HEADS, feedback_head="product_swish")},
-    "product_item_action": {
-        "token_layout": "item_action",
-        "table_width": 12,
-        "heads": replace(HEADS, feedback_head="product_swish"),
-    },
+    "product": {"heads": PRODUCT},
+    "product_same_widths": {"table_width": 12, "heads": PRODUCT},
+    "product_item_action": {"token_layout": "item_action", "heads": PRODUCT},
+    "product_no_context": {"input_fields": ("item", "like"), "heads": PRODUCT},
     "fixed_temperature": {"heads": replace(HEADS, learn_temperature=False, temperature=0.2)},
 }
 BLOCK_SWITCHES = {

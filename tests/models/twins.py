@@ -61,8 +61,8 @@ class Twin:
         y = x @ self.p[f"{name}.weight"].T
         return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)
+    def norm(self, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+        y = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + eps)
         return y * self.p[f"{name}.scale"] + self.p[f"{name}.shift"] if f"{name}.scale" in self.p else y
 
     def head_norm(self, name: str, x: Tensor, head: int) -> Tensor:
@@ -135,21 +135,24 @@ class Twin:
 
     def feedback(self, states: Tensor, user: int, event: int) -> Tensor:
         """The logits of all heads for event t + 1, end to end."""
-        if self.config.heads.feedback_head == "product_swish":
-            per_event = self.config.tokens_per_event
-            state = states[event] if per_event == 1 else states[(event + 1) * per_event + per_event - 2]
-            hidden = self.linear("feedback.mlp.hidden", state * self.sum_of(self.shape.item, user, event + 1))
-            normed = (hidden - hidden.mean()) / torch.sqrt(hidden.var(unbiased=False) + 1e-5)
-            norm = "feedback.mlp.activation.norm"
-            gate = torch.sigmoid(normed * self.p[f"{norm}.scale"] + self.p[f"{norm}.shift"])
-            return self.linear("feedback.mlp.out", hidden * gate)
-        if self.config.token_layout == "fused":
-            known = [states[event]]
-            known += [self.sum_of(s, user, event + 1) for s in (self.shape.context, self.shape.item) if s]
-        else:
-            per_event = self.config.tokens_per_event
-            known = [states[(event + 1) * per_event + per_event - 2]]
-        return self.mlp("feedback", torch.cat(known))
+        per_event, fields = self.config.tokens_per_event, [self.shape.context, self.shape.item]
+        product = self.config.heads.feedback_head == "product_swish"
+        state = states[event] if per_event == 1 else states[(event + 1) * per_event + per_event - 2]
+        if per_event > 1:
+            fields = [self.shape.item] if product else []
+        known = [self.sum_of(slots, user, event + 1) for slots in fields if slots]
+        if not product:
+            return self.mlp("feedback", torch.cat([state, *known]))
+        item = self.swish_mlp("feedback.product.item", torch.cat(known))
+        by_item = self.norm("feedback.product.state_norm", state, 1e-5) * self.norm(
+            "feedback.product.item_norm", item, 1e-5
+        )
+        return self.swish_mlp("feedback.mlp", by_item)
+
+    def swish_mlp(self, name: str, x: Tensor) -> Tensor:
+        hidden = self.linear(f"{name}.hidden", x)
+        gate = torch.sigmoid(self.norm(f"{name}.activation.norm", hidden, 1e-5))
+        return self.linear(f"{name}.out", hidden * gate)
 
     def item(self, user: int, event: int) -> Tensor:
         """The item vector of the item of an event."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megarec.base.errors import UserError
 from megarec.layers.config import HstuBlockConfig
 
 
@@ -22,7 +23,7 @@ def block_from_published(weights: Mapping[str, Tensor], config: HstuBlockConfig)
         config: the settings of the block.
 
     Raises:
-        KeyError: `weights` holds something else.
+        UserError: `weights` holds something else.
     """
     num_gates = 1 if config.concat == "none" else 3
     rows = _by_head(config.num_heads, [config.v_head_width] * 2 + [config.qk_head_width] * 2)
@@ -39,8 +40,12 @@ def block_from_published(weights: Mapping[str, Tensor], config: HstuBlockConfig)
             converted["out.weight"] = value.T[:, columns]
         elif name == "_rel_attn_bias._pos_w":
             converted["position_bias"] = value[: (len(value) + 1) // 2].flip(0)
-        else:
+        elif name in _SAME:
             converted[_SAME[name]] = value
+        else:
+            raise UserError(
+                f"'{name}' is no weight of a published layer", fix="Name the weights as the public code does"
+            )
     return converted
 
 
