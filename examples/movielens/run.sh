@@ -42,9 +42,7 @@ while (($#)); do
 done
 
 case $model in
-  hstu) experiment=hstu_ml1m ;;
-  hstu_large) experiment=hstu_ml1m_large ;;
-  sasrec) experiment=sasrec_ml1m ;;
+  hstu | hstu_large | sasrec) ;;
   *) refuse "model: '$model' is not hstu, hstu_large or sasrec" ;;
 esac
 case $protocol in
@@ -68,13 +66,14 @@ if [[ -n $download ]]; then
   step python "$here/download.py" "$source"
 fi
 
-published=null
+size=ml1m published=null
 if [[ -f $source/ratings.dat && -f $source/movies.dat ]]; then
   files=(input="$source/ratings.dat" items="$source/movies.dat" schema=movielens_1m)
 elif [[ -f $source/u.data && -f $source/u.item ]]; then
   files=(input="$source/u.data" items="$source/u.item" schema=movielens_100k)
 elif [[ -f $source/ratings.csv && -f $source/movies.csv ]]; then
   files=(input="$source/ratings.csv" items="$source/movies.csv" schema=movielens_20m)
+  size=ml20m
 else
   inter=$(find "$source" -maxdepth 1 -name '*.inter' 2>/dev/null | head -n 1) || true
   [[ -n $inter && -f ${inter%.inter}.item ]] || refuse "$source: holds no layout of MovieLens that is known. See run.sh --help"
@@ -92,6 +91,8 @@ else
   step megarec-make-shards "${files[@]}" output="$data" users_per_block=64 split.validation_users=$split
 fi
 
+experiment=${model%_large}_$size
+[[ $model == *_large ]] && experiment+=_large
 settings=(experiment="$experiment" data="$data" protocol="$rules" "${choice[@]}" "$@")
 per_epoch=$(megarec-train "${settings[@]}" --show-config | python "$here/steps_per_epoch.py")
 runs=() measured=()

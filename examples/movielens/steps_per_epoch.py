@@ -21,7 +21,7 @@ def steps_per_epoch(settings: dict[str, Any]) -> int:
     for number in range(blocks.num_blocks):
         num_targets = np.diff(blocks.read(number).offsets) - 1  # the first event has nothing before it
         num_tokens += int(np.clip(num_targets, 0, stream["max_history_events"]).sum())
-    return max(1, num_tokens // (stream["tokens_per_pack"] * stream["lanes"] * stream["packs_per_lane"]))
+    return max(1, round(num_tokens / (stream["tokens_per_pack"] * stream["lanes"] * stream["packs_per_lane"])))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,9 @@ def _help(
     lines = [f"{name} key=value ...", "", about.strip(), ""]
     if names:
         lines += ["Ready settings; --help beside one shows its keys:", ""]
-        lines += [f"  {group}={'|'.join(members)}" for group, members in names.items()] + [""]
+        for group, members in names.items():
+            lines += wrap(" | ".join(members), HELP_WIDTH, initial_indent=f"  {group}=", subsequent_indent=" " * 6)
+        lines += [""]
     lines += ["Keys, their defaults (??? must be given) and what they mean:", ""]
     for key, value in flatten(settings).items():
         lines.append(f"  {key}={'' if value is None else value}")

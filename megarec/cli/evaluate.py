@@ -123,7 +123,7 @@ def measure(config: EvaluateConfig) -> None:
 
     opened = {name: open_trained(Path(path)) for name, path in named(config.models).items()}
     dataset = dataset_of(opened.values(), config.data)
-    protocol = _common_protocol(opened, config.protocol)
+    protocol = protocol_of(opened.values(), config.protocol)
     protocol.check(dataset)
     rows: list[tuple[Result, dict[str, Any]]] = []
 
@@ -141,7 +141,7 @@ def measure(config: EvaluateConfig) -> None:
         add(read_oracle(Path(config.oracle), dataset))
     print_tables([result for result, _ in rows])
     if config.output:
-        facts = {"data": str(dataset.path), "baseline": plain(config.baseline)}
+        facts = {"data": str(dataset.path), "max_users": config.max_users, "baseline": plain(config.baseline)}
         write_results(Path(config.output), rows, facts=facts)
 
 
@@ -151,9 +151,13 @@ def named(paths: Sequence[str]) -> dict[str, str]:
     return {name if last.count(name) == 1 else path: path for name, path in zip(last, paths, strict=True)}
 
 
-def _common_protocol(opened: Mapping[str, Trained], protocol: Protocol) -> Protocol:
-    """`protocol` with the window of the models where it leaves it to them."""
-    windows = sorted({trained.max_history_events for trained in opened.values()})
+def protocol_of(models: Collection[Trained], protocol: Protocol) -> Protocol:
+    """`protocol` with the window of `models` where it leaves it to them.
+
+    Raises:
+        UserError: they read histories of different lengths.
+    """
+    windows = sorted({trained.max_history_events for trained in models})
     if protocol.max_history_events is not None or not windows:
         return protocol
     if len(windows) > 1:

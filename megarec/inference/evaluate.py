@@ -110,10 +110,17 @@ class Tally:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def result(self, name: str, dataset: Dataset, protocol: Protocol) -> Result:
-        """The metrics of everything seen."""
+        """The metrics of everything seen.
+
+        Raises:
+            UserError: items were scored, and no target is one that the protocol ranks.
+        """
         ranking: dict[str, Estimate] = {}
         coverage: dict[str, float] = {}
         if self.top:
+            if not self.counts["ranked_users"]:
+                what = f"no target has the flag '{protocol.target_flag}'"
+                raise UserError(what, where=str(dataset.path), fix="Set protocol.target_flag=null to rank all")
             lists = measure_lists(
                 np.concatenate(self.top),
                 lengths_to_offsets(np.concatenate(self.num_distinct)),
@@ -171,6 +178,7 @@ def tally(
     users_at_once = max(1, min(MAX_USERS_AT_ONCE, MAX_SCORES // dataset.fields["item"].num_ids))
     batches = evaluation_batches(
         dataset,
+        split=protocol.split,
         max_history_events=protocol.max_history_events or ALL_EVENTS,
         users_per_batch=users_at_once,
         rank=rank,

@@ -126,47 +126,52 @@ class LocalModel:
     def feedback_logits(self, histories: Histories, targets: Targets) -> dict[str, Tensor]:
         """Logits `[M, n]` of each target's feedback, given its user's history, its item and its context.
 
-        Each target is asked at its own time, as if it came next. All targets of a user at one time are answered in one
-        pass over the history, at most `max_candidates` of them: the fused layout reads the history's last state, the
-        others let the targets follow as candidates that do not see each other, their feedback missing.
+        Each target is asked at its own time, as if it came next. All targets of a user, or all at one time where the
+        history's state depends on it, are answered in one pass over the history, at most `max_candidates` of them: the
+        fused layout reads the history's last state, the others let the targets follow as candidates that do not see
+        each other, their feedback missing.
 
         Source: M-FALCON (arXiv 2402.17152, section 3.4), without its cache across passes.
         """
         if not self.shape.feedback_heads:
             return {}
-        questions = _group(targets, max_candidates=self._max_candidates)
+        questions = _group(targets, max_candidates=self._max_candidates, by_time=self._model.reads_query_time)
         asked = _copy_users(histories.newest(self._max_history), questions.user, query_time=questions.time)
         size = np.diff(asked.cu_seqlens) + (np.diff(questions.offsets) if self._interleaved else 0)
         answer = self._follow if self._interleaved else self._append
         pieces: dict[str, list[Tensor]] = {head: [] for head in self.shape.feedback_heads}
         for first, last in self._bounds(size):
             offsets = questions.offsets[first : last + 1]
-            candidates = questions.order[offsets[0] : offsets[-1]]
-            fields = {name: column[candidates] for name, column in targets.fields.items()}
-            for head, values in answer(asked.slice(first, last), fields, np.diff(offsets)).items():
+            chosen = questions.order[offsets[0] : offsets[-1]]
+            candidates = Targets(
+                offsets=offsets - offsets[0],
+                timestamp=targets.timestamp[chosen],
+                fields={name: column[chosen] for name, column in targets.fields.items()},
+            )
+            for head, values in answer(asked.slice(first, last), candidates).items():
                 pieces[head].append(values)
         back = torch.from_numpy(np.argsort(questions.order)).to(self._device)
         return {head: torch.cat(values)[back] for head, values in pieces.items() if values}
 
-    def _append(self, histories: Histories, fields: dict[str, Array], num_candidates: Int64) -> dict[str, Tensor]:
+    def _append(self, histories: Histories, candidates: Targets) -> dict[str, Tensor]:
         """Logits of candidates that the heads of the fused layout read beside the last state of their history."""
         events = self._events(histories, next_item=np.full(len(histories.user), -1))
         states = self._model.encode(events, self._lookup)
-        owner = np.repeat(np.arange(len(num_candidates)), num_candidates)
-        last = histories.cu_seqlens[1:][owner] - 1
-        gap_seconds = histories.query_time[owner] - histories.timestamp[last]
-        context = {f.name: _ids(fields, f, len(owner)) for f in self._asked_context()}
+        last = histories.cu_seqlens[1:][candidates.user_of_target()] - 1
+        gap_seconds = candidates.timestamp - histories.timestamp[last]
+        context = {f.name: _ids(candidates.fields, f, len(last)) for f in self._asked_context()}
         rows = {
             "next_context_rows": self._rows.context(context, gap_seconds=gap_seconds),
-            "next_item_rows": self._rows.item(fields["item"].astype(np.int64)),
+            "next_item_rows": self._rows.item(candidates.fields["item"].astype(np.int64)),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(row).to(self._device) for name, row in rows.items()}
         asked = replace(events, **tensors)
         return self._model.feedback_logits(states[torch.from_numpy(last).to(self._device)], asked, self._lookup)
 
-    def _follow(self, histories: Histories, fields: dict[str, Array], num_candidates: Int64) -> dict[str, Tensor]:
+    def _follow(self, histories: Histories, candidates: Targets) -> dict[str, Tensor]:
         """Logits of candidates that follow their history as events of their own."""
-        followed = _with_candidates(histories, fields, num_candidates, shape=self.shape)
+        num_candidates = np.diff(candidates.offsets)
+        followed = _with_candidates(histories, candidates, shape=self.shape)
         nothing = np.full(len(histories.user), -1)
         events = self._events(followed, next_item=nothing, num_candidates=num_candidates)
         states = self._model.encode(events, self._lookup)
@@ -250,11 +255,11 @@ def _ids(fields: Mapping[str, Array], field: FieldSlots, count: int) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class _Questions:
-    """Q questions: a user, a time, and the targets that are asked about then.
+    """Q questions: a user, a time, and the targets that are asked about.
 
     Attributes:
         user: row of the user among the histories, `[Q]`.
-        time: seconds, `[Q]`.
+        time: of the first of its targets, seconds, `[Q]`.
         order: the targets, question after question, `[M]`.
         offsets: where each question's targets begin in `order`, `[Q + 1]`.
     """
@@ -265,13 +270,13 @@ class _Questions:
     offsets: Int64
 
 
-def _group(targets: Targets, *, max_candidates: int) -> _Questions:
-    """Targets of one user at one time become one question, or several of at most `max_candidates` targets."""
+def _group(targets: Targets, *, max_candidates: int, by_time: bool) -> _Questions:
+    """Targets of one user (`by_time`: at one time) become one question, or several of at most `max_candidates`."""
     user = targets.user_of_target()
     order = np.lexsort((targets.timestamp, user))
     key = np.stack([user[order], targets.timestamp[order]])
     first = np.ones(len(order), dtype=np.bool_)
-    first[1:] = (key[:, 1:] != key[:, :-1]).any(axis=0)
+    first[1:] = (key[:, 1:] != key[:, :-1])[: 1 + by_time].any(axis=0)
     group_start = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
     first |= (np.arange(len(order)) - group_start) % max_candidates == 0
     starts = np.flatnonzero(first)
@@ -295,11 +300,10 @@ def _copy_users(histories: Histories, user: Int64, *, query_time: Int64) -> Hist
     )
 
 
-def _with_candidates(
-    histories: Histories, fields: Mapping[str, Array], num_candidates: Int64, *, shape: InputShape
-) -> Histories:
+def _with_candidates(histories: Histories, candidates: Targets, *, shape: InputShape) -> Histories:
     """Each history followed by its candidates, whose item and context are known and whose feedback is missing."""
-    ends = np.repeat(histories.cu_seqlens[1:], num_candidates)
+    ends = histories.cu_seqlens[1:][candidates.user_of_target()]
+    fields = candidates.fields
     known = {"item": fields["item"], **{f.name: _ids(fields, f, len(ends)) for f in shape.context}}
     slots = {f.name: f for f in (*shape.context, *shape.feedback)}
     columns = {}
@@ -308,8 +312,8 @@ def _with_candidates(
         columns[name] = np.insert(column.astype(np.int64), ends, _ids(known, field, len(ends)), axis=0)
     return replace(
         histories,
-        cu_seqlens=lengths_to_offsets(np.diff(histories.cu_seqlens) + num_candidates),
-        timestamp=np.insert(histories.timestamp, ends, np.repeat(histories.query_time, num_candidates)),
+        cu_seqlens=histories.cu_seqlens + candidates.offsets,
+        timestamp=np.insert(histories.timestamp, ends, candidates.timestamp),
         fields=columns,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megarec.base.errors import UserError
-from megarec.data.dataset import Dataset
+from megarec.data.dataset import AskedSplit, Dataset
 
 Name = Literal["default", "hstu_public", "full_filter", "gsasrec", "yambda"]
 
@@ -47,7 +47,7 @@ class Protocol:
     """
 
     name: Name = "default"
-    split: Literal["eval", "valid"] = "eval"
+    split: AskedSplit = "eval"
     metrics: tuple[str, ...] = ("ndcg@10", "hr@10", "ndcg@100", "recall@100", "mrr", "coverage@10")
     max_history_events: int | None = None
     target_flag: str | None = None
@@ -114,7 +114,7 @@ class Protocol:
                     where=str(dataset.path),
                     fix=f"Make the shards anew, or set protocol.{name}=null, which the result will say",
                 )
-        if not any(shard.split == self.split for shard in dataset.shards):
+        if not dataset.shards_of(self.split):
             fix = "Make the shards anew, with split.validation_users or split.validation for a valid split"
             raise UserError(f"the dataset has no {self.split} split", where=str(dataset.path), fix=fix)
         info = dataset.fields.get(self.target_flag or "item")

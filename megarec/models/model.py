@@ -68,6 +68,11 @@ class RecModel(nn.Module):
         )
         self.temperature = InverseTemperature(config.heads)
 
+    @property
+    def reads_query_time(self) -> bool:
+        """Whether the state of a history depends on the time at which it is asked about what comes next."""
+        return False
+
     def encode(self, events: Events, lookup: Lookup) -> Tensor:
         """The states of all tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
         tokens = self._tokens(events)

@@ -70,6 +70,8 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
         (["+model.depth=3"], "adds or removes a key"),
         (["modle=argus/tiny"], "unknown key 'modle'. Did you mean 'model'?"),
         (["model=argus_huge"], "model: 'argus_huge' is not there. Did you mean 'argus/large'?"),
+        (["model=hstu"], "model: 'hstu' is not there. Did you mean 'hstu/tiny'?"),
+        (["experiment=_parts/ml1m"], "experiment: '_parts/ml1m' is not there. Allowed: hstu_books"),
         (["experiment=quick"], "experiment: 'quick' is not there"),
         (["num_steps"], "not of the form key=value"),
         (["num_steps=many"], "num_steps: expected int, got 'many'"),
@@ -95,6 +97,27 @@ def test_train_refuses(tmp_path: Path, arguments: list[str], message: str, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint.keep_best=ndgc@10"], "checkpoint.keep_best: no metric 'ndgc@10'. Did you mean 'ndcg@10'?"),
+        (["checkpoint.keep_best=hr@50"], "checkpoint.keep_best: no metric 'hr@50'"),
+        (["checkpoint.keep_best=listend/auc"], "Did you mean 'listened/auc'?"),
+        (["protocol=yambda"], "the protocol 'yambda' wants split.rule=global_time, the dataset has leave_last_out"),
+        (["protocol.split=valid"], "the dataset has no valid split"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_impossible_evaluation_is_refused_before_training(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_world(tmp_path / "data", num_users=4)
+    asked = [f"data={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", "evaluate_every_steps=1", *arguments]
+    assert call("megarec-train", *asked) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments", [["num_steps=3"], []], ids=["one", "none"])
 def test_train_without_data_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("megarec-train", *arguments) == 2
@@ -104,8 +127,8 @@ def test_train_without_data_says_so(arguments: list[str], capsys: pytest.Capture
 def test_help_shows_the_keys_of_the_model_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("megarec-train", "--help") == 0
     shown = capsys.readouterr().out
-    assert "model=argus/large|argus/medium|argus/mini|argus/small|argus/tiny|hstu/books|" in shown
-    assert "experiment=hstu_books|" in shown and "_parts" not in shown
+    assert "model=argus/large | argus/medium | argus/mini | argus/small | argus/tiny | hstu/books |" in shown
+    assert "experiment=hstu_books | " in shown and "_parts" not in shown
     assert "feed_forward_multiple" in shown
     assert call("megarec-train", "model=hstu/tiny", "--help") == 0
     assert "model.block.num_time_buckets" in capsys.readouterr().out

@@ -95,7 +95,6 @@ def test_a_download_says_what_it_is_before_it_begins(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "megarec/conf/experiment/hstu_ml1m.yaml").is_file(), reason="the recipes are not here")
 @pytest.mark.parametrize("protocol", ["public", "validation"])
 def test_the_whole_road(tmp_path: Path, protocol: str) -> None:
     source, out = write_movielens(tmp_path / "ml"), tmp_path / "out"

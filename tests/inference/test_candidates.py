@@ -16,6 +16,7 @@ from megarec.inference.model import LocalModel
 from megarec.layers import tokens
 from megarec.metrics.protocol import Protocol
 from megarec.models.choice import ModelConfig
+from megarec.models.inputs import Events
 from tests.inference.synthetic import CONFIGS, MAX_EVENTS, make_model, write_world
 
 CASES: dict[str, ModelConfig] = {
@@ -67,14 +68,17 @@ def test_together_is_each_alone(world: Dataset, name: str, max_candidates: int) 
         torch.testing.assert_close(found[head], wanted[head], rtol=1e-12, atol=1e-12)
 
 
-def test_one_pass_reads_a_history_once(world: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_pass_reads_a_history_once(world: Dataset, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     histories, targets = questions(world)
-    model = make_model(CONFIGS["item_action"], world)
+    model = make_model(CONFIGS[name], world)
     read: list[int] = []
     encode = model._model.encode
     monkeypatch.setattr(model._model, "encode", lambda e, lookup: read.append(len(e.position)) or encode(e, lookup))
     model.feedback_logits(histories, targets)
-    assert sum(read) == 2 * len(histories.timestamp) + len(targets.timestamp)  # two times a user
+    kept = np.minimum(np.diff(histories.cu_seqlens), MAX_EVENTS - CONFIGS[name].keep_last_event)
+    times = 2 if CONFIGS[name].name == "hstu" else 1  # a time bias reads each of a user's two times
+    assert sum(read) == times * kept.sum() + CONFIGS[name].keep_last_event * len(targets.timestamp)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].token_layout != "fused"])
@@ -90,6 +94,28 @@ def test_candidates_that_saw_each_other_would_be_seen(
         return replace(right, group_first=torch.zeros_like(right.group_first))
 
     monkeypatch.setattr(tokens, "candidate_suffix", all_before)
+    found = model.feedback_logits(histories, targets)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found["listened"], wanted["listened"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["position", "context_rows", "timestamp"])
+def test_candidates_behind_one_another_would_be_seen(
+    world: Dataset, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories, targets = questions(world)
+    name = "item_action" if part == "timestamp" else "context_item_feedback"
+    model = make_model(CASES[f"{name}, time gaps"], world)
+    wanted = alone(model, histories, targets)
+    make_events = model._events
+
+    def faulty(followed: Histories, *, next_item: np.ndarray, num_candidates: np.ndarray) -> Events:
+        right = make_events(followed, next_item=next_item, num_candidates=num_candidates)
+        chain = make_events(followed, next_item=next_item)
+        wrong = chain.next_timestamp if part == "timestamp" else getattr(chain, part)
+        return replace(right, **{part: wrong.clamp(max=MAX_EVENTS - 1) if part == "position" else wrong})
+
+    monkeypatch.setattr(model, "_events", faulty)
     found = model.feedback_logits(histories, targets)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(found["listened"], wanted["listened"], rtol=1e-6, atol=1e-6)

@@ -75,6 +75,11 @@ def test_published_sizes(preset: str, published: float) -> None:
     assert matrices == pytest.approx(published, rel=2e-2)  # the paper rounds; its 3.2 M are 3.15 M
 
 
+def test_every_public_preset_is_in_the_table() -> None:
+    others = {"hstu/tiny", "hstu/mlperf", "sasrec/tiny"}
+    assert {preset for preset in PRESETS if not preset.startswith("argus/")} == {*PUBLISHED, *others}
+
+
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_settings_of_the_public_tables(preset: str) -> None:
     _, config = load(preset)

@@ -187,7 +187,7 @@ def test_quoted_rows(tmp_path: Path) -> None:
     (table,) = results_of(run, references=str(papers))
     assert list(table.header)[3:] == ["hr@10", "ndcg@10", "mrr"]
     assert list(table.rows[-1]) == ["HSTU (quoted)", "", "", "0.3097", "-", "0.1500"]
-    assert "Quoted rows were not measured here (HSTU: its README)" in " ".join(table.notes)
+    assert "Quoted rows were not measured here (its README)" in " ".join(table.notes)
     other = write_run(tmp_path / "b", lr=0.2, protocol=PROTOCOLS["full_filter"])
     with pytest.raises(UserError, match=r"'HSTU' fits 2 tables\. Name its protocol"):
         results_of(run, other, references=str(papers))

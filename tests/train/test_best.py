@@ -13,7 +13,7 @@ from tests.inference.synthetic import write_world
 from tests.ranks import run_ranks
 from tests.train.runs import make_config
 
-SCORES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4}
+SCORES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4, 12: 0.05, 14: 0.02}
 
 
 class Scripted:
@@ -31,18 +31,32 @@ def scripted_run(process: ProcessInfo, config: TrainConfig) -> None:
     train(config, process, Scripted())
 
 
+def best_of_run(folder: Path, *, num_steps: int, num_ranks: int = 1, **settings: Any) -> str:
+    """Starts or continues the run; the name of the best checkpoint."""
+    checkpoint = {"every_steps": 3, "keep_last": 1, "keep_best": "ndcg@10"}
+    config = make_config(
+        folder / "data",
+        folder / "run",
+        num_steps=num_steps,
+        evaluate_every_steps=2,
+        checkpoint=checkpoint,
+        **settings,
+    )
+    run_ranks(scripted_run, num_ranks, config)
+    best = read_pointer(folder / "run" / "checkpoints", "best")
+    assert best is not None
+    return best.name
+
+
 def test_the_highest_metric_wins_and_is_remembered(tmp_path: Path) -> None:
     write_world(tmp_path / "data", num_users=60)
-    for num_steps, num_ranks in ((6, 2), (10, 1)):
-        config = make_config(
-            tmp_path / "data",
-            tmp_path / "run",
-            num_steps=num_steps,
-            evaluate_every_steps=2,
-            checkpoint={"every_steps": 3, "keep_last": 1, "keep_best": "ndcg@10"},
-        )
-        run_ranks(scripted_run, num_ranks, config)
-        best = read_pointer(tmp_path / "run" / "checkpoints", "best")
-        assert best is not None and best.name == "step-00000004"
+    assert best_of_run(tmp_path, num_steps=6, num_ranks=2) == "step-00000004"
+    assert best_of_run(tmp_path, num_steps=10) == "step-00000004"
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert kept == ["step-00000004", "step-00000010"]
+
+
+def test_what_another_protocol_measured_does_not_compare(tmp_path: Path) -> None:
+    write_world(tmp_path / "data", num_users=60)
+    assert best_of_run(tmp_path, num_steps=6) == "step-00000004"
+    assert best_of_run(tmp_path, num_steps=14, protocol={"filter_seen": "full"}) == "step-00000010"

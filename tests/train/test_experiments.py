@@ -14,6 +14,9 @@ from megarec.train.checks import check_run
 from megarec.train.config import TrainConfig
 
 EXPERIMENTS = sorted(file.stem for file in (Path(str(files("megarec.conf"))) / "experiment").glob("*.yaml"))
+PUBLIC = [name for name in EXPERIMENTS if name != "quickstart"]
+USERS = {"ml1m": 6_040, "ml20m": 138_493, "books": 694_898}  # Books: after the filters; HLLM (arXiv 2409.12740)
+PASSES = {"ml1m": 101, "ml20m": 101, "books": 201}
 
 
 def load(experiment: str, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
@@ -29,7 +32,24 @@ def test_it_can_run_on_one_and_two_ranks(experiment: str, monkeypatch: pytest.Mo
         check_run(config, world=world)
 
 
-@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if e != "quickstart"])
+def test_every_public_table_has_its_three_recipes() -> None:
+    assert sorted(e.format(data) for data in USERS for e in ("hstu_{}", "hstu_{}_large", "sasrec_{}")) == PUBLIC
+
+
+@pytest.mark.parametrize("experiment", PUBLIC)
+def test_a_run_is_the_published_number_of_passes(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(experiment, monkeypatch)
+    data = experiment.split("_")[1]
+    steps = round(USERS[data] / 128)
+    assert config.num_steps == PASSES[data] * steps
+    assert config.evaluate_every_steps == (5 if data == "books" else 1) * steps  # full_eval_every_n
+    assert config.checkpoint.every_steps % steps == 0
+    assert config.checkpoint.keep_best == "ndcg@10"
+    # in the mean a user has fewer targets than a window
+    assert config.stream.lanes * config.stream.tokens_per_pack < 128 * config.stream.max_history_events
+
+
+@pytest.mark.parametrize("experiment", PUBLIC)
 def test_the_public_recipe(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Section 2.4 of the public code: train_fn and the .gin files."""
     config = load(experiment, monkeypatch)

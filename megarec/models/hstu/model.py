@@ -38,6 +38,11 @@ class Hstu(RecModel):
         super().__init__(config, shape, parts, blocks=blocks, final_norm=None, input_scale=scale, position_std=std)
         self.num_time_buckets = config.block.num_time_buckets
 
+    @property
+    def reads_query_time(self) -> bool:
+        """With a time bias, which counts from the time of the question."""
+        return self.num_time_buckets > 0
+
     def _tokens(self, events: Events) -> Tokens:
         tokens = super()._tokens(events)
         if not self.num_time_buckets:

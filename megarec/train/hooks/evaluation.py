@@ -47,8 +47,10 @@ class EvaluationHook(Hook):
         if trainer.groups.world.rank == 0:
             keep_until(path, trainer.step)
             if metric:
-                done = [record["metrics"].get(metric, self._best) for record in read_records(path)]
-                self._best = max(done, default=self._best)
+                # what other rules measured does not compare
+                label = trainer.config.protocol.label
+                done = [record["metrics"] for record in read_records(path) if record.get("protocol") == label]
+                self._best = max((metrics.get(metric, self._best) for metrics in done), default=self._best)
         self._best = broadcast_object(self._best, trainer.groups.world)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:

@@ -217,7 +217,7 @@ def _notes(rules: Rules, rows: Sequence[Row], quoted: Sequence[Reference]) -> li
     if any(row.name.endswith("]") and row.seeds[0].run is None for row in rows):
         notes.append("Rows [1], [2] have one name and other numbers: another dataset, or other settings.")
     if quoted:
-        sources = "; ".join(f"{r.name}: {r.source}" for r in quoted if r.source)
+        sources = "; ".join(dict.fromkeys(r.source for r in quoted if r.source))
         notes.append(f"Quoted rows were not measured here{f' ({sources})' if sources else ''}.")
     return notes
 
