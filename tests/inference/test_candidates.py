@@ -22,6 +22,10 @@ from tests.inference.synthetic import CONFIGS, MAX_EVENTS, make_model, write_wor
 CASES: dict[str, ModelConfig] = {
     **CONFIGS,
     **{f"{name}, time gaps": replace(config, time_gap_buckets=12) for name, config in CONFIGS.items()},
+    **{
+        f"{name}, product": replace(config, heads=replace(config.heads, feedback_head="product_swish"))
+        for name, config in CONFIGS.items()
+    },
 }
 
 
