@@ -133,6 +133,19 @@ def test_negatives_per_position_equal_the_equations(
     assert_same(case.per_position(correction), case.twin(correction, case.own_negatives()), case.inputs())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_negatives_per_position_on_a_gpu_equal_those_on_the_cpu(correction: Correction) -> None:
+    case, truth = Case(num_queries=64, num_candidates=40), Case(num_queries=64, num_candidates=40)
+    for name, value in vars(case).items():
+        on_gpu = value.detach().cuda()
+        setattr(case, name, on_gpu.requires_grad_() if value.requires_grad else on_gpu)
+    found, wanted = case.per_position(correction), truth.per_position(correction)
+    gradients = zip(torch.autograd.grad(found, case.inputs()), torch.autograd.grad(wanted, truth.inputs()), strict=True)
+    for a, b in [(found, wanted), *gradients]:
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)
+
+
 def test_no_candidate_is_copied_for_a_query() -> None:
     case = Case(num_queries=64, num_candidates=40)
     with Largest() as largest:

@@ -27,6 +27,13 @@ SMALL_HSTU = {
     "block": {"num_heads": 2, "qk_head_width": 8, "v_head_width": 8, "num_time_buckets": 16},
 }
 
+SMALL_SASREC = {
+    **SMALL_ARGUS,
+    "name": "sasrec",
+    "dropout": 0.2,
+    "block": {"num_heads": 2, "feed_forward_width": 12},
+}
+
 
 def make_config(data: Path, run_dir: Path, *, model: dict[str, Any] | None = None, **settings: Any) -> TrainConfig:
     """A run of 12 steps on a tiny dataset: pools of one block, so that an epoch has several pools."""

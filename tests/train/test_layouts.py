@@ -23,12 +23,13 @@ from megarec.train.state import whole_weights
 from megarec.train.trainer import Trainer, build_machinery
 from tests.inference.synthetic import write_world
 from tests.ranks import run_ranks
-from tests.train.runs import SMALL_ARGUS, SMALL_HSTU, make_config
+from tests.train.runs import SMALL_ARGUS, SMALL_HSTU, SMALL_SASREC, make_config
 
 LR = 0.05
 SWITCHES: dict[str, dict[str, Any]] = {
     "argus": {"model": SMALL_ARGUS},
     "hstu": {"model": SMALL_HSTU},
+    "sasrec, dropout": {"model": SMALL_SASREC},
     "argus, interleaved": {"model": {**SMALL_ARGUS, "token_layout": "context_item_feedback"}},
     "hstu, item and action": {"model": {**SMALL_HSTU, "token_layout": "item_action"}},
     "full softmax": {"objective": {"next_item": "full", "chunk_items": 7}},
