@@ -76,3 +76,13 @@ class SequenceConfig:
     def keep_last_event(self) -> bool:
         """Whether packs must hold a history's last event: layouts that read feedback at the next event's item token."""
         return self.token_layout != "fused"
+
+
+def require_whole_heads(width: int, num_heads: int) -> None:
+    """Refuses heads that do not share the width evenly.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if width % num_heads:
+        raise UserError(f"width {width} is not a multiple of num_heads {num_heads}", where="block.num_heads")

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megarec.base.errors import UserError
 from megarec.layers.config import SasrecBlockConfig
-from megarec.models.config import SequenceConfig
+from megarec.models.config import SequenceConfig, require_whole_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,4 @@ class SasrecConfig(SequenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.block.num_heads:
-            raise UserError(
-                f"width {self.width} is not a multiple of num_heads {self.block.num_heads}",
-                where="block.num_heads",
-            )
+        require_whole_heads(self.width, self.block.num_heads)
