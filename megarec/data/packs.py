@@ -59,12 +59,14 @@ class PackRule:
         stride: 0: one window per history, its newest events. N: windows whose ends are N targets apart, the newest at
             the history's end; together they hold every target.
         keep_last_event: whether a window's last event, which has no target, takes part.
+        prefix_events: room that a window needs besides its events.
     """
 
     num_events: int
     max_targets: int
     stride: int
     keep_last_event: bool
+    prefix_events: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def fill_pool(parts: Sequence[Windows], *, carried: Windows | None, rule: PackRu
     """
     num_carried = 0 if carried is None else len(carried.user)
     windows = concatenate_windows(parts if carried is None else [carried, *parts])
-    lengths = windows.num_targets + rule.keep_last_event
+    lengths = windows.num_targets + rule.keep_last_event + rule.prefix_events
     shuffled = num_carried + permutation(derive_key(key, "windows"), len(lengths) - num_carried)
     order = np.concatenate([_longest_first(np.arange(num_carried), lengths), _longest_first(shuffled, lengths)])
     dealt = deal(lengths[order], num_carried=num_carried, capacity=rule.num_events)

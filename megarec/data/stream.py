@@ -35,6 +35,7 @@ class StreamConfig:
         tokens_per_pack: tokens of a pack.
         tokens_per_event: tokens the model's layout makes of an event; a pack is
             `tokens_per_pack // tokens_per_event` events.
+        prefix_tokens: tokens before the first event of a window.
         keep_last_event: whether the last event of a window, which has no target, takes part: layouts that put an item
             and its feedback into different tokens need it.
         lanes: readers of the dataset; a multiple of every data-parallel size one wants to use.
@@ -53,6 +54,7 @@ class StreamConfig:
 
     tokens_per_pack: int = 4096
     tokens_per_event: int = 1
+    prefix_tokens: int = 0
     keep_last_event: bool = False
     lanes: int = 4
     packs_per_lane: int = 1
@@ -65,13 +67,15 @@ class StreamConfig:
     prefetch_steps: int = 2
 
     def __post_init__(self) -> None:
-        may_be_zero = dict.fromkeys(("seed", "prefetch_steps", "stochastic_length_alpha"), 0)
+        may_be_zero = dict.fromkeys(("seed", "prefetch_steps", "prefix_tokens", "stochastic_length_alpha"), 0)
         at_least = {"max_history_events": 1 + self.keep_last_event, **may_be_zero}
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < at_least.get(name, 1) and not isinstance(value, bool):
                 raise UserError(f"{name} is {value}", fix=f"Set it to {at_least.get(name, 1)} or more")
-        if self.max_history_events > self.events_per_pack:
+        if self.max_history_events + self.prefix_events > self.events_per_pack:
             what = f"max_history_events is {self.max_history_events}, a pack holds {self.events_per_pack} events"
+            if self.prefix_events:
+                what += f", {self.prefix_events} of them for the prefix"
             raise UserError(what, fix="Lower it or raise tokens_per_pack: no history exceeds a pack")
         max_targets = self.max_history_events - self.keep_last_event
         if self.window != "newest" and not 1 <= self._stride <= max_targets:
@@ -85,6 +89,11 @@ class StreamConfig:
         return self.tokens_per_pack // self.tokens_per_event
 
     @property
+    def prefix_events(self) -> int:
+        """The room of a window's prefix, in events."""
+        return -(-self.prefix_tokens // self.tokens_per_event)
+
+    @property
     def pack_rule(self) -> PackRule:
         """How histories become windows and windows packs."""
         return PackRule(
@@ -92,6 +101,7 @@ class StreamConfig:
             max_targets=self.max_history_events - self.keep_last_event,
             stride=self._stride,
             keep_last_event=self.keep_last_event,
+            prefix_events=self.prefix_events,
         )
 
     @property

@@ -12,6 +12,8 @@ class SequenceConfig:
 
     Attributes:
         input_fields: the dataset fields that enter the history; None: all of them.
+        prefix_fields: context fields that stand before the history as tokens of their own, one a field, with the value
+            of the window's first event: what is known of the user. They leave the tokens of the events.
         item_fields: the fields whose rows make an item vector, of role item or item_side; None: all of them.
         tie_item_tables: histories and item vectors share the rows of the item and its side fields; if not, item
             vectors have tables of their own, and an item may follow another without being like it.
@@ -29,6 +31,7 @@ class SequenceConfig:
     """
 
     input_fields: tuple[str, ...] | None = None
+    prefix_fields: tuple[str, ...] = ()
     item_fields: tuple[str, ...] | None = None
     tie_item_tables: bool = True
     feedback_heads: tuple[str, ...] | None = None
@@ -71,6 +74,16 @@ class SequenceConfig:
     def tokens_per_event(self) -> int:
         """How many tokens the layout makes of one event."""
         return TOKENS_PER_EVENT[self.token_layout]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the first event of a history."""
+        return len(self.prefix_fields)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest history the model can read."""
+        return self.num_prefix_tokens + self.max_positions * self.tokens_per_event
 
     @property
     def keep_last_event(self) -> bool:

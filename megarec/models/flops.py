@@ -27,7 +27,13 @@ def attention_flops(lengths: npt.NDArray[np.integer], channels: int) -> int:
 
 
 def ends_flops(
-    config: SequenceConfig, shape: InputShape, *, num_events: int, num_candidates: int, num_scores: int
+    config: SequenceConfig,
+    shape: InputShape,
+    *,
+    num_events: int,
+    num_tokens: int,
+    num_candidates: int,
+    num_scores: int,
 ) -> int:
     """What lies before and behind the blocks: input map, query, item tower, scores, feedback heads.
 
@@ -35,6 +41,7 @@ def ends_flops(
         config: the settings of the model.
         shape: its input and output.
         num_events: events of the pack, each of which asks for its successor.
+        num_tokens: tokens of the pack.
         num_candidates: item vectors that are made.
         num_scores: pairs of query and item vector that are scored.
     """
@@ -42,7 +49,7 @@ def ends_flops(
     context_width = table_width if shape.context else 0
     flops = FORWARD_AND_BACKWARD * 2 * num_scores * heads.query_width
     if table_width != width:
-        flops += linear_flops(num_events * config.tokens_per_event, table_width, width)
+        flops += linear_flops(num_tokens, table_width, width)
     if heads.query_context:
         flops += _mlp_flops(num_events, width + context_width, heads.hidden_width, out_width=heads.query_width)
     if heads.item_tower == "linear":

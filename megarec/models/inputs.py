@@ -11,7 +11,7 @@ Lookup = Callable[[Tensor], Tensor]
 """Rows `[..., S]` (int64) to the sum of their vectors `[..., E]`; -1 gives nothing."""
 
 
-EVENT_PARTS = ("context", "item", "feedback", "next_context", "next_item")
+EVENT_PARTS = ("prefix", "context", "item", "feedback", "next_context", "next_item")
 """What has rows in `Events`: part `item` is the field `item_rows`."""
 
 
@@ -26,6 +26,7 @@ class Events:
         position: `[T]` int64, place of the event in its window, from 0.
         timestamp: `[T]` int64, seconds.
         next_timestamp: `[T]` int64, the time at which the next event is asked about.
+        prefix_rows: `[T, Sp]` int64, what was known before the history: those of a window's first event count.
         context_rows: `[T, Sc]` int64, what was known before the event.
         item_rows: `[T, Si]` int64, the item.
         feedback_rows: `[T, Sf]` int64, how it went.
@@ -40,6 +41,7 @@ class Events:
     position: Tensor
     timestamp: Tensor
     next_timestamp: Tensor
+    prefix_rows: Tensor
     context_rows: Tensor
     item_rows: Tensor
     feedback_rows: Tensor

@@ -27,6 +27,8 @@ class RecModel(nn.Module):
     - `item_action`: a token of context and item, then one of the feedback;
     - `context_item_feedback`: one token of each.
 
+    Fields of the user may stand before the history as a prefix, one token each (`layers.tokens.PrefixPlaces`).
+
     Row t of every output speaks of event t + 1. The query for its item reads the state of event t's last token and
     c_{t+1}. The feedback heads read the same state, c_{t+1} and i_{t+1} in the fused layout; otherwise the state of
     event t + 1's item token, which has seen both (and i_{t+1} once more for the product with it), so the next event
@@ -74,11 +76,16 @@ class RecModel(nn.Module):
         return False
 
     def encode(self, events: Events, lookup: Lookup) -> Tensor:
-        """The states of all tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
-        tokens = self._tokens(events)
-        x = self.input_dropout(self._embed(events, lookup), tokens.randomness)
+        """The states of all events' tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
+        tokens, x = self._tokens(events), self._embed(events, lookup)
+        num_tokens = len(x)
+        if tokens.places is not None:
+            x = tokens.places.merge(self._embed_prefix(events, lookup), x)
+        x = self.input_dropout(x, tokens.randomness)
         for block in self.blocks:
             x = block(x, tokens)
+        if tokens.places is not None:
+            x = tokens.places.events_of(x, num_tokens)
         return x if self.final_norm is None else self.final_norm(x)
 
     def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:
@@ -124,6 +131,7 @@ class RecModel(nn.Module):
             events.next_timestamp,
             randomness=events.randomness,
             per_event=self.config.tokens_per_event,
+            num_prefix=self.config.num_prefix_tokens,
             num_candidates=events.num_candidates,
         )
 
@@ -135,15 +143,23 @@ class RecModel(nn.Module):
             "item_action": [[context, item], [feedback]],
             "context_item_feedback": [[context], [item], [feedback]],
         }[self.config.token_layout]
-        vectors = [self._sum_rows(torch.cat(group, dim=1), lookup) for group in groups]
-        if self.input_map is not None:
-            vectors = [self.input_map(v) for v in vectors]
-        if self.input_scale != 1.0:
-            vectors = [v * self.input_scale for v in vectors]
+        vectors = [self._embed_rows(torch.cat(group, dim=1), lookup) for group in groups]
         if self.position is not None:
             position = self.position(events.position)
             vectors = [v + position for v in vectors]
         return vectors[0] if len(vectors) == 1 else interleave(vectors)
+
+    def _embed_prefix(self, events: Events, lookup: Lookup) -> Tensor:
+        """The input of the first block at the tokens of the prefixes, `[B * P, D]`; a prefix has no position."""
+        rows = events.prefix_rows[events.cu_seqlens[:-1]].split([field.slots for field in self.shape.prefix], dim=1)
+        return interleave([self._embed_rows(field_rows, lookup) for field_rows in rows])
+
+    def _embed_rows(self, rows: Tensor, lookup: Lookup) -> Tensor:
+        """Rows `[*, S]` to what a token is made of, `[*, D]`."""
+        vectors = self._sum_rows(rows, lookup)
+        if self.input_map is not None:
+            vectors = self.input_map(vectors)
+        return vectors * self.input_scale if self.input_scale != 1.0 else vectors
 
     def _last_tokens(self, states: Tensor) -> Tensor:
         per_event = self.config.tokens_per_event

@@ -49,7 +49,7 @@ def train_flops(
         num_scores: pairs of query and item vector that are scored: targets times candidates, unless every target
             has negatives of its own.
     """
-    lengths = np.diff(cu_seqlens) * config.tokens_per_event
+    lengths = np.diff(cu_seqlens) * config.tokens_per_event + config.num_prefix_tokens
     if isinstance(config, ArgusConfig):
         block = argus_block_flops(config, lengths)
     elif isinstance(config, SasrecConfig):
@@ -57,6 +57,11 @@ def train_flops(
     else:
         block = hstu_block_flops(config, lengths)
     ends = ends_flops(
-        config, shape, num_events=int(cu_seqlens[-1]), num_candidates=num_candidates, num_scores=num_scores
+        config,
+        shape,
+        num_events=int(cu_seqlens[-1]),
+        num_tokens=int(lengths.sum()),
+        num_candidates=num_candidates,
+        num_scores=num_scores,
     )
     return config.num_layers * block + ends

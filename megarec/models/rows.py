@@ -46,7 +46,10 @@ class RowMap:
             gap_seconds: since the event before, `[T]`; negative for none.
             next_gap_seconds: until the next event, `[T]`; negative for none.
         """
+        prefix = self._lay_out(self.shape.prefix, fields, len(gap_seconds))
+        prefix[gap_seconds >= 0] = -1
         return {
+            "prefix": prefix,
             "context": self.context(fields, gap_seconds=gap_seconds),
             "item": self.item(fields["item"].astype(np.int64)),
             "feedback": self.feedback(fields, len(gap_seconds)),

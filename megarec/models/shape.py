@@ -42,6 +42,7 @@ class InputShape:
     A `*_rows` tensor `[T, S]` holds the slots of its fields side by side, in the order of the tuple here.
 
     Attributes:
+        prefix: fields known before the history, each a token of its own.
         context: fields known before the choice; `time_gap`, if any, is the last.
         item: the item and its side fields, as events of the history are read.
         item_tower: the item and its side fields, as item vectors are made.
@@ -49,6 +50,7 @@ class InputShape:
         feedback_heads: for each predicted feedback field, how many values it has: ids 1 to this number.
     """
 
+    prefix: tuple[FieldSlots, ...]
     context: tuple[FieldSlots, ...]
     item: tuple[FieldSlots, ...]
     item_tower: tuple[FieldSlots, ...]
@@ -58,7 +60,8 @@ class InputShape:
     @property
     def tables(self) -> dict[str, int]:
         """Every table the model looks up, with its number of rows: one per field and use that has its own."""
-        return {f.table: f.num_ids for f in (*self.context, *self.item, *self.item_tower, *self.feedback)}
+        inputs = (*self.prefix, *self.context, *self.item, *self.item_tower, *self.feedback)
+        return {f.table: f.num_ids for f in inputs}
 
 
 def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> InputShape:
@@ -71,7 +74,8 @@ def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> Inpu
     """
     inputs = _chosen(fields, config.input_fields, "model.input_fields")
     tower = _chosen(_of_role(fields, "item", "item_side"), config.item_fields, "model.item_fields")
-    context = _slots(_of_role(inputs, "context"))
+    prefix = _chosen(_of_role(fields, "context"), config.prefix_fields, "model.prefix_fields")
+    context = _slots({name: info for name, info in _of_role(inputs, "context").items() if name not in prefix})
     if config.time_gap_buckets:
         if TIME_GAP in fields:
             raise UserError(
@@ -79,6 +83,7 @@ def input_shape(fields: Mapping[str, FieldInfo], config: SequenceConfig) -> Inpu
             )
         context = (*context, FieldSlots(name=TIME_GAP, num_ids=config.time_gap_buckets + 1))
     shape = InputShape(
+        prefix=_slots(prefix),
         context=context,
         item=_slots(_of_role(inputs, "item", "item_side")),
         item_tower=_slots(tower, own_table=not config.tie_item_tables),

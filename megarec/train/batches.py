@@ -44,6 +44,11 @@ class PackBatch:
         """Living events."""
         return int(self.columns["cu_seqlens"][-1])
 
+    @property
+    def num_windows(self) -> int:
+        """Windows of histories."""
+        return len(self.columns["cu_seqlens"]) - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:

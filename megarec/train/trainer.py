@@ -135,6 +135,7 @@ class Trainer:
     def _measure(self, batch: StepBatch, waited: float) -> Work:
         flops = float(sum(self._flops(pack) for pack in batch.packs))
         tokens = sum(pack.num_events for pack in batch.packs) * self.config.model.tokens_per_event
+        tokens += sum(pack.num_windows for pack in batch.packs) * self.config.model.num_prefix_tokens
         totals = torch.tensor([float(tokens), flops], dtype=torch.float64, device=self.groups.device)
         dist.all_reduce(totals, group=self.groups.data.process_group)
         return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)
@@ -202,6 +203,7 @@ def stream_config(config: TrainConfig) -> StreamConfig:
     return replace(
         config.stream,
         tokens_per_event=config.model.tokens_per_event,
+        prefix_tokens=config.model.num_prefix_tokens,
         keep_last_event=config.model.keep_last_event,
         seed=config.seed,
     )

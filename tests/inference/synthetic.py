@@ -177,6 +177,14 @@ CONFIGS: dict[str, ModelConfig] = {
         width=8, table_width=8, num_layers=2, max_positions=MAX_EVENTS, heads=HEADS,
         block=HstuBlockConfig(num_heads=2, qk_head_width=4, v_head_width=4, num_time_buckets=16),
     ),
+    "prefix": HstuConfig(
+        width=8, table_width=8, num_layers=2, max_positions=MAX_EVENTS, heads=HEADS, prefix_fields=("device",),
+        block=HstuBlockConfig(num_heads=2, qk_head_width=4, v_head_width=4, num_time_buckets=16),
+    ),
+    "prefix, item_action": ArgusConfig(
+        width=16, table_width=8, num_layers=2, max_positions=MAX_EVENTS, heads=HEADS, prefix_fields=("device",),
+        token_layout="item_action", block=TransformerBlockConfig(num_heads=2),
+    ),
     "item_action": HstuConfig(
         width=8, table_width=8, num_layers=2, max_positions=MAX_EVENTS, heads=HEADS, token_layout="item_action",
         block=HstuBlockConfig(num_heads=2, qk_head_width=4, v_head_width=4, num_time_buckets=16),

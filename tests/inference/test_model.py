@@ -82,6 +82,7 @@ class Twin:
             position=torch.arange(size),
             timestamp=torch.tensor(time[:-1]),
             next_timestamp=torch.tensor(time[1:]),
+            prefix_rows=table(shape.prefix, 0),
             context_rows=table(shape.context, 0),
             item_rows=table(shape.item, 0),
             feedback_rows=table(shape.feedback, 0),

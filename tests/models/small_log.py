@@ -92,7 +92,7 @@ class Laid:
 
 def lay_out(log: SmallLog, shape: InputShape, config: SequenceConfig, *, dead: int = 3, garbage: int = -1) -> Laid:
     """Packs all users; `dead` rows at the end hold row number `garbage` everywhere."""
-    roles = {"context": shape.context, "item": shape.item, "feedback": shape.feedback}
+    roles = {"prefix": shape.prefix, "context": shape.context, "item": shape.item, "feedback": shape.feedback}
     parts: dict[str, list[list[int]]] = {part: [] for part in (*roles, "next_context", "next_item")}
     cu_seqlens, position, time, next_time = [0], [], [], []
     asked = []
@@ -103,7 +103,7 @@ def lay_out(log: SmallLog, shape: InputShape, config: SequenceConfig, *, dead: i
                 asked.append((len(position), user, event))
             for part, slots in roles.items():
                 parts[part].append(_all_rows(log, slots, user, event, shape))
-                if part != "feedback":
+                if part not in ("feedback", "prefix"):
                     empty = [-1] * sum(f.slots for f in slots)
                     parts[f"next_{part}"].append(_all_rows(log, slots, user, event + 1, shape) if has_next else empty)
             position.append(event)

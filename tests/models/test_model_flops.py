@@ -80,6 +80,7 @@ def test_mlperf_ranker_is_its_published_count() -> None:
         "hstu_item_action",
         "hstu_u_and_norm",
         "hstu_one_head",
+        "hstu_prefix",
         "hstu_product",
         "hstu_product_item_action",
     ],
@@ -99,7 +100,8 @@ def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPat
         _ = query @ model.item_vectors(tower, lookup).T
     num_events = len(events.position)
     total = train_flops(config, shape, events.cu_seqlens.numpy(), num_candidates=num_events, num_scores=num_events**2)
-    pairs = [n * (n + 1) // 2 for n in np.diff(events.cu_seqlens.numpy()) * config.tokens_per_event]
+    lengths = np.diff(events.cu_seqlens.numpy()) * config.tokens_per_event + len(config.prefix_fields)
+    pairs = [n * (n + 1) // 2 for n in lengths]
     channels = 24 if config.name == "argus" else 2 * (3 + 5)
     attention = 6 * config.num_layers * sum(pairs) * channels
     assert total - attention == 3 * counter.get_total_flops()

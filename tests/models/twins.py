@@ -32,8 +32,9 @@ class Twin:
     def states(self, user: int) -> Tensor:
         """The states of all tokens of all events of a user, `[n * k, D]`."""
         shape, layout = self.shape, self.config.token_layout
-        tokens, times, asked = [], [], []
         times_of = [int(t) for t in self.log.time[user]]
+        tokens = [self.token(self.sum_of((field,), user, 0)) for field in shape.prefix]
+        times, asked = [times_of[0]] * len(tokens), [times_of[0]] * len(tokens)
         for t in range(self.log.lengths[user]):
             c, i, f = (self.sum_of(slots, user, t) for slots in (shape.context, shape.item, shape.feedback))
             kinds = {"fused": [c + i + f], "item_action": [c + i, f], "context_item_feedback": [c, i, f]}[layout]
@@ -47,15 +48,16 @@ class Twin:
             x = self.block(f"blocks.{layer}.", x, times, asked)
         if isinstance(self.config, ArgusConfig):
             x = F.layer_norm(x, x.shape[1:], self.p["final_norm.scale"], self.p["final_norm.shift"], 1e-6)
-        return x
+        return x[len(shape.prefix) :]
 
-    def token(self, kind: Tensor, position: int) -> Tensor:
+    def token(self, kind: Tensor, position: int | None = None) -> Tensor:
         x = kind
         if "input_map.weight" in self.p:
             x = self.p["input_map.weight"] @ x
         if not isinstance(self.config, ArgusConfig) and self.config.scale_input:
             x = x * math.sqrt(self.config.width)
-        return x + self.p["position.weight"][position] if self.config.position_embedding else x
+        known = self.config.position_embedding and position is not None
+        return x + self.p["position.weight"][position] if known else x
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.p[f"{name}.weight"].T

@@ -29,6 +29,7 @@ LR = 0.05
 SWITCHES: dict[str, dict[str, Any]] = {
     "argus": {"model": SMALL_ARGUS},
     "hstu": {"model": SMALL_HSTU},
+    "hstu, prefix": {"model": {**SMALL_HSTU, "prefix_fields": ["device"], "dropout": 0.2}},
     "sasrec, dropout": {"model": SMALL_SASREC},
     "argus, interleaved": {"model": {**SMALL_ARGUS, "token_layout": "context_item_feedback"}},
     "hstu, item and action": {"model": {**SMALL_HSTU, "token_layout": "item_action"}},

@@ -192,6 +192,7 @@ def _encode(world: World) -> tuple[Tensor, Any]:
         position=columns["position"],
         timestamp=columns["timestamp"],
         next_timestamp=columns["next_timestamp"],
+        prefix_rows=rows["prefix"],
         context_rows=rows["context"],
         item_rows=rows["item"],
         feedback_rows=rows["feedback"],

@@ -27,7 +27,7 @@ class Hstu(RecModel):
                 config.block,
                 width=config.width,
                 layer=layer,
-                max_tokens=config.max_positions * config.tokens_per_event,
+                max_tokens=config.max_tokens,
                 dropout=config.dropout,
                 parts=parts,
             )

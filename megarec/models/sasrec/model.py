@@ -20,7 +20,7 @@ class Sasrec(RecModel):
                 config.block,
                 width=config.width,
                 layer=layer,
-                max_tokens=config.max_positions * config.tokens_per_event,
+                max_tokens=config.max_tokens,
                 dropout=config.dropout,
                 parts=parts,
             )
