@@ -15,7 +15,7 @@ from megarec.parallel.placement import initialize, name_parameters
 
 def test_an_item_that_is_not_told_has_no_row_at_all() -> None:
     item = tuple(FieldSlots(name=name, num_ids=5, slots=slots) for name, slots in (("item", 1), ("a", 1), ("b", 2)))
-    shape = InputShape(context=(), item=item, item_tower=item, feedback=(), feedback_heads={})
+    shape = InputShape(prefix=(), context=(), item=item, item_tower=item, feedback=(), feedback_heads={})
     side = {"a": np.array([0, 3, 4]), "b": np.array([[-1, -1], [2, -1], [3, 4]])}
     rows = RowMap(shape, {"item": 0, "a": 100, "b": 200}, side).item(np.array([-1, 0, 2]))
     assert rows.tolist() == [[-1, -1, -1, -1], [0, 100, -1, -1], [2, 104, 203, 204]]
