@@ -51,6 +51,8 @@ class SequenceConfig:
             raise UserError(f"{self.dropout} is not in [0, 1)", where="dropout")
         if self.time_gap_buckets < 0:
             raise UserError(f"{self.time_gap_buckets} is negative", where="time_gap_buckets")
+        if len(set(self.prefix_fields)) != len(self.prefix_fields):
+            raise UserError("a field stands there twice", where="prefix_fields", fix="Name it once")
         if not self.heads.query_context and self.heads.query_width != self.width:
             raise UserError(
                 f"the state is the query, but is {self.width} wide and not {self.heads.query_width}",

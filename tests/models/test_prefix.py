@@ -81,6 +81,11 @@ def test_packs_leave_room_for_prefixes(per_event: int, num_prefix: int, room: in
         StreamConfig(tokens_per_pack=64, max_history_events=63, prefix_tokens=2)
 
 
+def test_a_field_that_stands_there_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="prefix_fields: a field stands there twice"):
+        replace(ARGUS, prefix_fields=("device", "device"))
+
+
 @pytest.mark.parametrize("field", ["item", "like", "devise"])
 def test_a_field_that_cannot_stand_there_is_refused(field: str) -> None:
     with pytest.raises(UserError, match=r"model.prefix_fields: .*Allowed: device, organic|Did you mean 'device'"):
