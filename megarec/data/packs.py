@@ -26,7 +26,9 @@ class Pack:
         epoch: the lane's epoch.
         cu_seqlens: where each window begins, in events, `[B + 1]`; everything from `cu_seqlens[-1]` on is dead.
         user: user index of each window, `[B]`.
-        position: the event's place in its window, from 0, `[T]`; 0 when dead.
+        num_candidates: how many events at the end of each window are candidates, `[B]`.
+        position: the event's place in its window, from 0, `[T]`; 0 when dead. All candidates of a window have the place
+            behind its history.
         timestamp: the event's time in seconds, `[T]`; 0 when dead or without timestamps.
         next_timestamp: the next event's time, which is when the question about it is asked, `[T]`; a live event without
             a target has its own.
@@ -41,6 +43,7 @@ class Pack:
     epoch: int
     cu_seqlens: Int64
     user: Int64
+    num_candidates: Int64
     position: Int32
     timestamp: Int64
     next_timestamp: Int64
@@ -60,6 +63,8 @@ class PackRule:
             the history's end; together they hold every target.
         keep_last_event: whether a window's last event, which has no target, takes part.
         prefix_events: room that a window needs besides its events.
+        candidates: how many events at the end of a window are candidates, or all but its first in a shorter one; a
+            stride of as many makes a candidate of each target.
     """
 
     num_events: int
@@ -67,6 +72,7 @@ class PackRule:
     stride: int
     keep_last_event: bool
     prefix_events: int = 0
+    candidates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +136,8 @@ def cut_windows(block: Block, *, epoch: int, number: int, rule: PackRule) -> tup
     older = np.maximum(num_targets - rule.max_targets, 0)
     num_windows = np.minimum(num_targets, 1)
     if rule.stride:
-        num_windows += -(-older // rule.stride)
+        num_left = np.maximum(num_targets - (rule.candidates or rule.max_targets), 0)
+        num_windows += -(-num_left // rule.stride)
     owner = np.repeat(np.arange(len(num_events)), num_windows)
     window = segment_positions(num_windows)
     end = num_targets[owner] - window * rule.stride
@@ -157,8 +164,10 @@ def make_pack(windows: Windows, members: Int64, *, rule: PackRule, lane: int, nu
     num_targets = windows.num_targets[members]
     lengths = num_targets + rule.keep_last_event
     cu_seqlens = lengths_to_offsets(lengths)
-    position = segment_positions(lengths)
-    row = position + np.repeat(windows.start[members], lengths)
+    place = segment_positions(lengths)
+    row = place + np.repeat(windows.start[members], lengths)
+    num_candidates = np.minimum(rule.candidates, num_targets)
+    position = np.minimum(place, np.repeat(lengths - num_candidates, lengths))
     last = cu_seqlens[1:] - 1
     has_target = np.ones(len(row), dtype=np.bool_)
     has_target[last] = not rule.keep_last_event
@@ -176,6 +185,7 @@ def make_pack(windows: Windows, members: Int64, *, rule: PackRule, lane: int, nu
         epoch=epoch,
         cu_seqlens=cu_seqlens,
         user=windows.user[members],
+        num_candidates=num_candidates,
         position=_padded(position, num_events=rule.num_events, dtype=np.int32, dead=0),
         timestamp=timestamp,
         next_timestamp=_shifted(timestamp, last=last, after=time[row[last] + (not rule.keep_last_event)]),

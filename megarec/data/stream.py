@@ -44,6 +44,9 @@ class StreamConfig:
         max_history_events: the most events of a window.
         window: `newest`: of a longer history the newest events, the others are dropped and counted; `stride:N`: all of
             it, in windows whose ends are N targets apart.
+        candidates_per_window: the last events of a window are candidates: they stand at one place behind the events
+            before, see these and not each other, and they alone are asked for their feedback. With `window=stride:N` of
+            the same N every event with one before it is a candidate once. 0: none.
         stochastic_length_alpha: above 1, at most 2: an epoch reads most histories of more than
             `max_history_events ** (alpha / 2)` events as so many of them, drawn anew (`StochasticLength`); what stays
             is read as if there were no other events, so a target is the next event that stays. 0: off.
@@ -61,13 +64,15 @@ class StreamConfig:
     pool_blocks: int = 8
     max_history_events: int = 512
     window: str = "newest"
+    candidates_per_window: int = 0
     stochastic_length_alpha: float = 0.0
     stochastic_length_sampler: Sampler = "recency"
     seed: int = 0
     prefetch_steps: int = 2
 
     def __post_init__(self) -> None:
-        may_be_zero = dict.fromkeys(("seed", "prefetch_steps", "prefix_tokens", "stochastic_length_alpha"), 0)
+        names = ("seed", "prefetch_steps", "prefix_tokens", "candidates_per_window", "stochastic_length_alpha")
+        may_be_zero = dict.fromkeys(names, 0)
         at_least = {"max_history_events": 1 + self.keep_last_event, **may_be_zero}
         for name, value in asdict(self).items():
             if isinstance(value, int) and value < at_least.get(name, 1) and not isinstance(value, bool):
@@ -81,6 +86,9 @@ class StreamConfig:
         if self.window != "newest" and not 1 <= self._stride <= max_targets:
             what = f"window is '{self.window}'"
             raise UserError(what, fix=f"Set it to 'newest' or to 'stride:N' with N from 1 to {max_targets}")
+        if self.candidates_per_window > max_targets:
+            what = f"candidates_per_window is {self.candidates_per_window}, a window has {max_targets} targets"
+            raise UserError(what, fix="Lower it, or raise max_history_events")
         self._check_stochastic_length()
 
     @property
@@ -102,6 +110,7 @@ class StreamConfig:
             stride=self._stride,
             keep_last_event=self.keep_last_event,
             prefix_events=self.prefix_events,
+            candidates=self.candidates_per_window,
         )
 
     @property

@@ -1,14 +1,12 @@
 """Floating-point operations of a training step that every model shares.
 
 A multiply-add counts 2. Forward counts once and backward twice, whatever is computed again on the way: recomputed
-work is no progress (MLPerf's formula for HSTU counts attention 3.5 times instead of 3 for that reason). Causal
-attention counts the pairs it needs, n(n + 1)/2 of a history of n tokens. Lookups, norms, activations, softmaxes and
-dead padding count nothing.
+work is no progress (MLPerf's formula for HSTU counts attention 3.5 times instead of 3 for that reason). Attention
+counts the pairs it needs, n(n + 1)/2 of a history of n tokens without candidates. Lookups, norms, activations,
+softmaxes and dead padding count nothing.
 """
 
-import numpy as np
-import numpy.typing as npt
-
+from megarec.base.jagged import Int64
 from megarec.models.config import SequenceConfig
 from megarec.models.shape import InputShape, known_at_feedback
 
@@ -20,10 +18,19 @@ def linear_flops(num_rows: int, in_width: int, out_width: int) -> int:
     return FORWARD_AND_BACKWARD * 2 * num_rows * in_width * out_width
 
 
-def attention_flops(lengths: npt.NDArray[np.integer], channels: int) -> int:
-    """Causal attention over histories of `lengths` tokens; `channels`: those of keys and of values, over all heads."""
-    lengths = lengths.astype(np.int64)
-    return FORWARD_AND_BACKWARD * 2 * int((lengths * (lengths + 1) // 2).sum()) * channels
+def attention_flops(num_pairs: int, channels: int) -> int:
+    """Attention over pairs of tokens; `channels`: those of keys and of values, over all heads."""
+    return FORWARD_AND_BACKWARD * 2 * num_pairs * channels
+
+
+def count_pairs(lengths: Int64, num_candidates: Int64, *, per_event: int) -> int:
+    """Pairs of a token and one that it sees, itself among them, in histories of `lengths` `[B]` tokens.
+
+    The last `num_candidates` `[B]` events see the history and not each other.
+    """
+    before = lengths - num_candidates * per_event
+    candidate = per_event * before + per_event * (per_event + 1) // 2
+    return int((before * (before + 1) // 2 + num_candidates * candidate).sum())
 
 
 def ends_flops(
@@ -32,7 +39,7 @@ def ends_flops(
     *,
     num_events: int,
     num_tokens: int,
-    num_candidates: int,
+    num_item_vectors: int,
     num_scores: int,
 ) -> int:
     """What lies before and behind the blocks: input map, query, item tower, scores, feedback heads.
@@ -42,7 +49,7 @@ def ends_flops(
         shape: its input and output.
         num_events: events of the pack, each of which asks for its successor.
         num_tokens: tokens of the pack.
-        num_candidates: item vectors that are made.
+        num_item_vectors: those that are made.
         num_scores: pairs of query and item vector that are scored.
     """
     width, table_width, heads = config.width, config.table_width, config.heads
@@ -53,9 +60,9 @@ def ends_flops(
     if heads.query_context:
         flops += _mlp_flops(num_events, width + context_width, heads.hidden_width, out_width=heads.query_width)
     if heads.item_tower == "linear":
-        flops += linear_flops(num_candidates, table_width, heads.query_width)
+        flops += linear_flops(num_item_vectors, table_width, heads.query_width)
     elif heads.item_tower == "mlp":
-        flops += _mlp_flops(num_candidates, table_width, heads.hidden_width, out_width=heads.query_width)
+        flops += _mlp_flops(num_item_vectors, table_width, heads.hidden_width, out_width=heads.query_width)
     if shape.feedback_heads:
         known_width = known_at_feedback(config, shape).count(True) * table_width
         in_width = width + known_width

@@ -1,13 +1,13 @@
 """The models by their settings: what is built, and what a step of it costs."""
 
 import numpy as np
-import numpy.typing as npt
 
+from megarec.base.jagged import Int64
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.argus.flops import block_flops as argus_block_flops
 from megarec.models.argus.parallelize import build as build_argus
 from megarec.models.choice import ModelConfig
-from megarec.models.flops import ends_flops
+from megarec.models.flops import count_pairs, ends_flops
 from megarec.models.hstu.flops import block_flops as hstu_block_flops
 from megarec.models.hstu.parallelize import build as build_hstu
 from megarec.models.model import RecModel
@@ -34,10 +34,11 @@ def build_model(config: ModelConfig, shape: InputShape, parts: Parts) -> RecMode
 def train_flops(
     config: ModelConfig,
     shape: InputShape,
-    cu_seqlens: npt.NDArray[np.integer],
+    cu_seqlens: Int64,
     *,
-    num_candidates: int,
+    num_item_vectors: int,
     num_scores: int,
+    num_candidates: Int64 | None = None,
 ) -> int:
     """Floating-point operations of one training pass over one pack, counted as `megarec.models.flops` says.
 
@@ -45,23 +46,27 @@ def train_flops(
         config: the settings of the model.
         shape: its input and output.
         cu_seqlens: `[B + 1]`, where each history of the pack begins, in events.
-        num_candidates: item vectors that are made: the distinct targets and negatives.
+        num_item_vectors: those that are made: of the distinct targets and negatives.
         num_scores: pairs of query and item vector that are scored: targets times candidates, unless every target
             has negatives of its own.
+        num_candidates: `[B]`, how many events at the end of each history are candidates; None: none.
     """
-    lengths = np.diff(cu_seqlens) * config.tokens_per_event + config.num_prefix_tokens
+    per_event = config.tokens_per_event
+    lengths = np.diff(cu_seqlens) * per_event + config.num_prefix_tokens
+    candidates = np.zeros_like(lengths) if num_candidates is None else num_candidates
+    num_tokens, num_pairs = int(lengths.sum()), count_pairs(lengths, candidates, per_event=per_event)
     if isinstance(config, ArgusConfig):
-        block = argus_block_flops(config, lengths)
+        block = argus_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
     elif isinstance(config, SasrecConfig):
-        block = sasrec_block_flops(config, lengths)
+        block = sasrec_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
     else:
-        block = hstu_block_flops(config, lengths)
+        block = hstu_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
     ends = ends_flops(
         config,
         shape,
         num_events=int(cu_seqlens[-1]),
-        num_tokens=int(lengths.sum()),
-        num_candidates=num_candidates,
+        num_tokens=num_tokens,
+        num_item_vectors=num_item_vectors,
         num_scores=num_scores,
     )
     return config.num_layers * block + ends

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megarec.base.jagged import Int64, stable_order
+from megarec.base.jagged import Int64, gather_indices, stable_order
 from megarec.base.random import derive_key, integers_numpy
-from megarec.data.packs import Pack
+from megarec.data.packs import Bool, Pack
 from megarec.data.prefetch import Prefetcher
 from megarec.data.stream import TrainStream
 from megarec.models.inputs import EVENT_PARTS
@@ -29,9 +29,10 @@ class PackBatch:
         key: of everything random in this pack.
         columns: `cu_seqlens` `[B + 1]`, `position`, `timestamp`, `next_timestamp` `[T]`, `target_event` `[Q]` (which
             events have a next item), `target` `[Q]` (its place among the candidates), `candidate_id` `[C]`,
-            `log_q` `[C]`, and `feedback/<field>` `[T]` (the next event's value, 0 where it is unknown). With negatives
-            per position, `slots` `[Q, 1 + K]` (the places of each target and its draws among the candidates) and
-            `order` `[Q (1 + K)]` (their stable order).
+            `log_q` `[C]`, and `feedback/<field>` `[T]` (the next event's value, 0 where it is unknown or not asked).
+            Where windows end with candidates, `num_candidates` `[B]`. With negatives per position, `slots`
+            `[Q, 1 + K]` (the places of each target and its draws among the candidates) and `order` `[Q (1 + K)]`
+            (their stable order).
         rows: for each of `ROW_PARTS` the table rows `[*, S]`, -1 for nothing.
     """
 
@@ -91,15 +92,16 @@ class BatchMaker:
     def make(self, pack: Pack) -> PackBatch:
         """The tensors of one pack; a function of the pack and the seed alone."""
         key = derive_key(self._seed, "pack", pack.lane, pack.number)
+        is_candidate, before = _find_candidates(pack)
         asked = np.where(pack.has_target, pack.next_fields["item"], -1).astype(np.int64)
         rows = self._row_map.events(
             pack.fields,
             next_fields=pack.next_fields,
             next_item=asked,
-            gap_seconds=np.where(pack.position == 0, -1, np.diff(pack.timestamp, prepend=0)),
+            gap_seconds=np.where(pack.position == 0, -1, pack.timestamp - pack.timestamp[before]),
             next_gap_seconds=np.where(pack.has_target, pack.next_timestamp - pack.timestamp, -1),
         )
-        targets, columns = self._next_item_columns(asked, key)
+        targets, columns = self._next_item_columns(np.where(is_candidate, -1, asked), key)
         rows["candidates"] = self._row_map.item_tower(targets)
         columns.update(
             cu_seqlens=pack.cu_seqlens,
@@ -107,8 +109,12 @@ class BatchMaker:
             timestamp=pack.timestamp,
             next_timestamp=pack.next_timestamp,
         )
+        graded = pack.has_target
+        if pack.num_candidates.any():
+            columns["num_candidates"] = pack.num_candidates
+            graded = graded & np.append(is_candidate[1:], False)
         for head in self._heads:
-            columns[f"feedback/{head}"] = np.where(pack.has_target, pack.next_fields[head], 0).astype(np.int64)
+            columns[f"feedback/{head}"] = np.where(graded, pack.next_fields[head], 0).astype(np.int64)
         return PackBatch(
             key=key,
             columns={name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()},
@@ -180,6 +186,16 @@ class PackFeed:
     def _make_step(self) -> StepBatch:
         packs = [self._maker.make(pack) for pack in self._stream.next_step()]
         return StepBatch(packs=packs, position=self._stream.state())
+
+
+def _find_candidates(pack: Pack) -> tuple[Bool, Int64]:
+    """Which events of a pack are candidates, and the event before each: of a candidate, the last of its history."""
+    before = np.maximum(np.arange(len(pack.position)) - 1, 0)
+    is_candidate = np.zeros(len(before), dtype=np.bool_)
+    first = pack.cu_seqlens[1:] - pack.num_candidates
+    is_candidate[gather_indices(first, pack.num_candidates)] = True
+    before[is_candidate] = np.repeat(first - 1, pack.num_candidates)
+    return is_candidate, before
 
 
 def _popularity(item_counts: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -16,6 +16,7 @@ def check_run(config: TrainConfig, *, world: int) -> None:
     check_lanes(config, world=world)
     check_pack_size(config)
     check_positions(config)
+    check_candidates(config)
     check_best(config)
 
 
@@ -65,6 +66,24 @@ def check_positions(config: TrainConfig) -> None:
             f"windows of {longest} events do not fit {config.model.max_positions} positions",
             where="model.max_positions",
             fix="Raise it, or lower stream.max_history_events",
+        )
+
+
+def check_candidates(config: TrainConfig) -> None:
+    """A candidate's item has a token that does not hold its feedback, and its feedback is learned."""
+    if not config.stream.candidates_per_window:
+        return
+    if not config.model.keep_last_event:
+        raise UserError(
+            f"{config.model.token_layout} puts an event's item and its feedback into one token",
+            where="stream.candidates_per_window",
+            fix="Set model.token_layout=item_action or context_item_feedback, or no candidates",
+        )
+    if not config.objective.feedback_weight or config.model.feedback_heads == ():
+        raise UserError(
+            "candidates are asked for their feedback, but no feedback is learned",
+            where="stream.candidates_per_window",
+            fix="Set objective.feedback_weight and model.feedback_heads, or no candidates",
         )
 
 

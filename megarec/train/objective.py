@@ -136,4 +136,5 @@ def _events(pack: PackBatch, columns: Mapping[str, Tensor], rows: Mapping[str, T
         next_timestamp=columns["next_timestamp"],
         **{f"{part}_rows": rows[part] for part in EVENT_PARTS},
         randomness=Randomness(key=derive_key(pack.key, "dropout"), token=token),
+        num_candidates=columns.get("num_candidates"),
     )

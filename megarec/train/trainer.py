@@ -141,16 +141,17 @@ class Trainer:
         return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)
 
     def _flops(self, pack: PackBatch) -> int:
-        num_candidates = len(pack.columns["candidate_id"])
-        num_scores = len(pack.columns["target"]) * num_candidates
+        num_item_vectors = len(pack.columns["candidate_id"])
+        num_scores = len(pack.columns["target"]) * num_item_vectors
         if "slots" in pack.columns:
             num_scores = pack.columns["slots"].numel()
         return train_flops(
             self.config.model,
             self.shape,
             pack.columns["cu_seqlens"].numpy(),
-            num_candidates=num_candidates,
+            num_item_vectors=num_item_vectors,
             num_scores=num_scores,
+            num_candidates=pack.columns["num_candidates"].numpy() if "num_candidates" in pack.columns else None,
         )
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megarec.base.config import build
 from megarec.layers.config import HeadsConfig, HstuBlockConfig
 from megarec.models.argus.config import ArgusConfig
+from megarec.models.flops import count_pairs
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.hstu.flops import block_flops
 from megarec.models.registry import train_flops
@@ -31,7 +32,7 @@ def test_argus_by_hand() -> None:
     items, scores = 7 * 4 * 5, 35 * 5
     feedback = 5 * ((8 + 4 + 4) * 6 + 6 * 5)
     expected = 6 * (3 * block + input_map + query + items + scores + feedback)
-    assert train_flops(config, shape, np.array([0, 2, 2, 5]), num_candidates=7, num_scores=35) == expected
+    assert train_flops(config, shape, np.array([0, 2, 2, 5]), num_item_vectors=7, num_scores=35) == expected
 
 
 def test_hstu_by_hand() -> None:
@@ -47,7 +48,13 @@ def test_hstu_by_hand() -> None:
     # histories of 2 and 3 events are 4 and 6 tokens; 10 + 21 pairs
     block = 10 * 8 * (2 * 2 * (3 + 4)) + 10 * (3 * 2 * 4) * 8 + 31 * 2 * (3 + 4)
     expected = 6 * (2 * block + 11 * 8)
-    assert train_flops(config, shape_for(config), np.array([0, 2, 5]), num_candidates=9, num_scores=11) == expected
+    assert train_flops(config, shape_for(config), np.array([0, 2, 5]), num_item_vectors=9, num_scores=11) == expected
+
+
+def test_pairs_of_candidates_by_hand() -> None:
+    """Two events and two candidates of two tokens: 10 pairs in the history, each candidate has 2 * 4 + 3."""
+    assert count_pairs(np.array([8, 3]), np.array([2, 1]), per_event=2) == (10 + 2 * 11) + (1 + 2 + 3)
+    assert count_pairs(np.array([4, 0]), np.array([0, 0]), per_event=3) == 10
 
 
 def test_mlperf_ranker_is_its_published_count() -> None:
@@ -67,7 +74,7 @@ def test_mlperf_ranker_is_its_published_count() -> None:
     assert round(sum(published(4096)) / 1e9, 1) == 315.7
     for tokens in (4096, round(0.508 * 4096)):
         uvqk, out, attention = published(tokens)
-        ours = config.num_layers * block_flops(config, np.array([tokens]))
+        ours = config.num_layers * block_flops(config, num_tokens=tokens, num_pairs=tokens * (tokens + 1) // 2)
         assert ours == pytest.approx(uvqk + out + attention * (3 / 3.5) * (tokens + 1) / tokens, rel=1e-7)
 
 
@@ -99,7 +106,7 @@ def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPat
         tower = events.item_rows if shape.item == shape.item_tower else events.item_rows[:, :1]
         _ = query @ model.item_vectors(tower, lookup).T
     num_events = len(events.position)
-    total = train_flops(config, shape, events.cu_seqlens.numpy(), num_candidates=num_events, num_scores=num_events**2)
+    total = train_flops(config, shape, events.cu_seqlens.numpy(), num_item_vectors=num_events, num_scores=num_events**2)
     lengths = np.diff(events.cu_seqlens.numpy()) * config.tokens_per_event + len(config.prefix_fields)
     pairs = [n * (n + 1) // 2 for n in lengths]
     channels = 24 if config.name == "argus" else 2 * (3 + 5)

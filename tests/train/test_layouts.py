@@ -33,6 +33,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sasrec, dropout": {"model": SMALL_SASREC},
     "argus, interleaved": {"model": {**SMALL_ARGUS, "token_layout": "context_item_feedback"}},
     "hstu, item and action": {"model": {**SMALL_HSTU, "token_layout": "item_action"}},
+    "candidates": {
+        "model": {**SMALL_HSTU, "token_layout": "item_action"},
+        "stream": {
+            "tokens_per_pack": 48,
+            "lanes": 2,
+            "max_history_events": 12,
+            "candidates_per_window": 3,
+            "window": "stride:3",
+        },
+    },
     "full softmax": {"objective": {"next_item": "full", "chunk_items": 7}},
     "per-position negatives": {
         "objective": {"negatives": "per_position", "num_uniform_negatives": 5, "correction": "none"}
