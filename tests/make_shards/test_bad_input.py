@@ -227,8 +227,9 @@ def test_split_mistakes(attempt):
     assert code == 2 and "nothing to train on" in line and "1600000000" in line
     code, line, _ = attempt(HEADER + rows(), "split.rule=global_time", "split.cut=2030-01-01")
     assert code == 2 and "nothing to evaluate" in line
-    code, line, _ = attempt(HEADER + rows(), "duplicates=drop", schema={"timestamp": None})
-    assert code == 2 and "needs times" in line
+    for setting in ("duplicates=drop", "equal_times=shuffle"):
+        code, line, _ = attempt(HEADER + rows(), setting, schema={"timestamp": None})
+        assert code == 2 and f"{setting} needs times" in line
 
 
 def test_disk_full_is_exit_1_and_leaves_nothing(attempt, monkeypatch):

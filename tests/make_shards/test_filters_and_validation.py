@@ -228,3 +228,49 @@ def test_a_window_to_tune_on_before_the_cut(tmp_path, monkeypatch):
     assert made.split == {"rule": "global_time", "cut": cut, "gap": gap, "validation": window}
     with pytest.raises(UserError, match="nothing to tune on"):
         make(tmp_path, split=SplitConfig(rule="global_time", cut=str(cut), gap=gap, validation=0.5), name="b")
+
+
+def tied_log(folder, *, num_users=150):
+    """Users of nine events: one alone, two and six at one time; the item is the place in the history."""
+    rows = [(user, n, 100 * user + (0, 1, 1, 2, 2, 2, 2, 2, 2)[n]) for n in range(9) for user in range(num_users)]
+    (folder / "log.csv").write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    (folder / "schema.yaml").write_text(yaml.safe_dump(SCHEMA))
+
+
+def test_equal_times_keep_the_order_of_the_log_and_are_counted(tmp_path):
+    tied_log(tmp_path)
+    made = make(tmp_path)
+    assert made.counts["tied_events"] == 150 * 6
+    assert all(
+        [item for item, _ in history + target] == list(range(9)) for history, target, _ in read(made, "eval").values()
+    )
+
+
+def test_shuffled_equal_times(tmp_path, monkeypatch):
+    tied_log(tmp_path)
+    made = make(tmp_path, equal_times="shuffle")
+    users = read(made, "eval")
+    assert len(users) == 150 and made.counts["tied_events"] == 150 * 6
+    orders = np.array([[item for item, _ in history + target] for history, target, _ in users.values()])
+    assert (orders[:, 0] == 0).all() and (np.sort(orders[:, 1:3]) == [1, 2]).all()
+    assert (np.sort(orders[:, 3:]) == range(3, 9)).all()
+    # Each item of a group is as often at each of its places: 150 draws of 1/2 and of 1/6, within 4.5 standard errors.
+    assert abs((orders[:, 1] == 1).mean() - 1 / 2) < 4.5 * np.sqrt(1 / 4 / 150)
+    shares = np.array([[(orders[:, 3 + place] == item).mean() for item in range(3, 9)] for place in range(6)])
+    assert np.abs(shares - 1 / 6).max() < 4.5 * np.sqrt(5 / 36 / 150)
+    assert len({tuple(order) for order in orders[:, 3:].tolist()}) > 100  # of 720: users do not share an order
+    two = make(tmp_path, name="two", num_processes=2, equal_times="shuffle")
+    other = make(tmp_path, name="other", seed=1, equal_times="shuffle")
+    monkeypatch.setattr("megarec_tools.make_shards.pipeline.EVENTS_PER_BUCKET", 64)
+    many = make(tmp_path, name="many", equal_times="shuffle")
+    assert files_below(made.path) == files_below(two.path) == files_below(many.path)
+    assert read(other, "eval") != users
+
+
+def test_shuffled_equal_times_drop_the_same_repeated_rows(tmp_path):
+    tied_log(tmp_path, num_users=40)
+    once = read(make(tmp_path, name="once", equal_times="shuffle"), "eval")
+    text = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(text + text.partition("\n")[2])
+    made = make(tmp_path, name="twice", duplicates="drop", equal_times="shuffle")
+    assert made.counts["duplicates"] == 40 * 9 and read(made, "eval") == once

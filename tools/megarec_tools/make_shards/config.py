@@ -64,11 +64,12 @@ class MakeShardsConfig:
         compression: of the blocks.
         max_rejects: the share of rows that may be unusable.
         duplicates: what to do with a row that repeats another in every column that is read.
+        equal_times: whether a user's events of the same time keep the order of the log, or are shuffled.
         min_item_count: items with fewer events are rare (train events with global_time, otherwise all).
         rare_items: whether a rare item becomes unknown, or its events are dropped.
         min_user_events: users with fewer events are dropped, before and after the events of rare items.
         num_processes: 0 takes one per core, or none beside this one for a small log. The result is the same.
-        seed: of the order of the users and of who is held out.
+        seed: of the order of the users, of who is held out, and of shuffled events.
     """
 
     input: str | list[str]
@@ -82,6 +83,7 @@ class MakeShardsConfig:
     compression: Literal["none", "zstd"] = "none"
     max_rejects: float = 0.001
     duplicates: Literal["keep", "drop"] = "keep"
+    equal_times: Literal["keep", "shuffle"] = "keep"
     min_item_count: int = 1
     rare_items: Literal["unknown", "drop"] = "unknown"
     min_user_events: int = 1

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from megarec.base.jagged import Int64, segment_positions
+from megarec.base.random import hash_numpy
 from megarec.data.dataset import Split
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.partition import read_batch
@@ -25,7 +26,8 @@ Mask = npt.NDArray[np.bool_]
 class BucketTask:
     """One bucket of the partitions in `spills`; the sorted columns go to the folder `bucket`.
 
-    Events of the items in the file `rare_items`, and users with fewer than `min_user_events`, are dropped.
+    Events of the items in the file `rare_items`, and users with fewer than `min_user_events`, are dropped. With a
+    `shuffle_key`, the events of a user that have the same time are shuffled.
     """
 
     number: int
@@ -33,6 +35,7 @@ class BucketTask:
     layout: Layout
     rule: SplitRule
     drop_duplicates: bool
+    shuffle_key: int | None
     min_user_events: int
     rare_items: Path | None
     bucket: Path
@@ -113,6 +116,7 @@ def build_bucket(task: BucketTask) -> BucketResult:
         counts={
             **users.dropped,
             "events": int(kept.sum()),
+            "tied_events": int((kept & _tied(frame)).sum()) if task.layout.schema.timestamp is not None else 0,
             "one_event_users": int(((lengths == 1) & ~users.short).sum()),
             "train_events": int(train.sum()),
             "valid_targets": int(valid.num_targets.sum()) if valid else 0,
@@ -146,6 +150,8 @@ def _read_users(task: BucketTask) -> _Users:
         frame = frame.filter(~repeated)
     dropped = {"duplicates": int(repeated.sum())}
     starts, lengths = _user_slices(frame)
+    if task.shuffle_key is not None:
+        frame = _shuffle_equal_times(frame, lengths, key=task.shuffle_key)
     num_users, num_events = len(starts), len(frame)
     if task.min_user_events > 1:
         frame = frame.filter(np.repeat(lengths >= task.min_user_events, lengths))
@@ -177,10 +183,22 @@ def _user_slices(frame: pl.DataFrame) -> tuple[Int64, Int64]:
     return starts, np.diff(np.append(starts, len(frame)))
 
 
+def _shuffle_equal_times(frame: pl.DataFrame, lengths: Int64, *, key: int) -> pl.DataFrame:
+    """Sorted events with those of one user and time in random order, a function of the key, the user and the log."""
+    of_user = hash_numpy(key, frame["hash"].to_numpy())
+    draw = pl.Series("draw", hash_numpy(key, of_user + segment_positions(lengths).astype(np.uint64)))
+    return frame.with_columns(draw).sort("hash", "user", "time", "draw").drop("draw")
+
+
+def _tied(frame: pl.DataFrame) -> Mask:
+    """Events that have the time of the user's event before."""
+    user, time = frame["user"], frame["time"]
+    return ((user == user.shift(1)) & (time == time.shift(1))).fill_null(False).to_numpy()
+
+
 def _find_duplicates(frame: pl.DataFrame) -> Mask:
     """Rows that repeat an earlier one in every column."""
-    user, time = frame["user"], frame["time"]
-    tied = ((user == user.shift(1)) & (time == time.shift(1))).fill_null(False).to_numpy()
+    tied = _tied(frame).copy()
     if not tied.any():
         return tied
     tied[:-1] |= tied[1:].copy()

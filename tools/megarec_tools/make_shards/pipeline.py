@@ -23,6 +23,7 @@ from pyarrow import parquet
 from megarec.base.errors import UserError
 from megarec.base.files import new_directory, refuse_occupied
 from megarec.base.progress import bar, say
+from megarec.base.random import derive_key
 from megarec.data.dataset import Dataset, write_dataset
 from megarec.data.schema import Schema, infer_schema, load_schema, schema_text
 from megarec_tools.make_shards.assembly import Assembly
@@ -57,9 +58,7 @@ def make_shards(config: MakeShardsConfig) -> Dataset:
     rule = SplitRule(config.split, seed=config.seed)
     inputs = _open_inputs(config)
     files, schema = inputs.log, inputs.schema
-    if schema.timestamp is None and (rule.cut_us is not None or config.duplicates == "drop"):
-        key = "split.rule=global_time" if rule.cut_us is not None else "duplicates=drop"
-        raise UserError(f"{key} needs times, and the schema '{schema.name}' has no timestamp")
+    _check_times_are_known(config, schema)
     lists = list_columns_of(schema.log_fields().values())
     layout = decide_layout(read_sample(files, schema.columns(), written=schema, list_columns=lists), schema)
     item_layouts = decide_item_layouts(inputs.item_files, layout)
@@ -109,6 +108,17 @@ def _open_inputs(config: MakeShardsConfig) -> _Inputs:
         require_columns(columns_of(path, files.format, written=narrow), narrow.columns(), path=path)
     absent = [name for name in (schema.items.fields if schema.items else ()) if name not in narrow.fields]
     return _Inputs(log=files, item_files=item_files, schema=narrow, num_absent_fields=len(absent))
+
+
+def _check_times_are_known(config: MakeShardsConfig, schema: Schema) -> None:
+    settings = {
+        "split.rule=global_time": config.split.rule == "global_time",
+        "duplicates=drop": config.duplicates == "drop",
+        "equal_times=shuffle": config.equal_times == "shuffle",
+    }
+    for setting, is_set in settings.items():
+        if is_set and schema.timestamp is None:
+            raise UserError(f"{setting} needs times, and the schema '{schema.name}' has no timestamp")
 
 
 def _num_processes(config: MakeShardsConfig, files: LogFiles) -> int:
@@ -260,6 +270,9 @@ class _Maker:
                 layout=self.layout,
                 rule=self.rule,
                 drop_duplicates=self.config.duplicates == "drop",
+                shuffle_key=derive_key(self.config.seed, "equal times")
+                if self.config.equal_times == "shuffle"
+                else None,
                 min_user_events=self.config.min_user_events,
                 rare_items=rare_items,
                 bucket=self.work / f"bucket-{number:05d}",

@@ -25,6 +25,7 @@ COUNTS = {
     "items_added": "items that only item files have",
     "items_undescribed": "items that no item file has",
     "events": "events",
+    "tied_events": "events at the time of the user's event before",
     "train_users": "train users",
     "train_events": "train events",
     "gap_events": "events in the gap, unused",
