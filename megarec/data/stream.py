@@ -182,7 +182,10 @@ class TrainStream:
         return {name: sum(lane.counts[name] for lane in self._lanes) for name in COUNTS}
 
     def state(self) -> dict[str, Any]:
-        """The position of each lane by its number, as JSON. The states of all ranks together are one dict."""
+        """The position of each lane by its number, as JSON. The states of all ranks together are one dict.
+
+        `progress` of a lane says how often its blocks were served, in epochs.
+        """
         return {str(lane.number): {"stream": self._fingerprint, **lane.state()} for lane in self._lanes}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -233,7 +236,8 @@ class _Lane:
         return self._after.counts
 
     def state(self) -> dict[str, Any]:
-        return {**vars(self._place), "pack": self._pack, "number": self._num_served}
+        progress = self._place.epoch + self._served_share()
+        return {**vars(self._place), "pack": self._pack, "number": self._num_served, "progress": progress}
 
     def restore(self, state: dict[str, Any]) -> None:
         place = _Place(**{name: state[name] for name in ("epoch", "pool", "carried", "counts")})
@@ -248,6 +252,16 @@ class _Lane:
         self._pack += 1
         self._num_served += 1
         return pack
+
+    def _served_share(self) -> float:
+        """The share of an epoch's blocks that lie before the next pack."""
+        num_blocks = len(range(self.number, self._reader.num_blocks, self._config.lanes))
+        before = self._place.pool * self._config.pool_blocks
+        if self._pack == 0:
+            return before / num_blocks
+        here = min(self._config.pool_blocks, num_blocks - before)
+        pool = self._pool or self._ahead.result()[0]
+        return (before + here * self._pack / len(pool.packs)) / num_blocks
 
     def _seek(self, place: _Place, *, pack: int, num_served: int) -> None:
         self._place = self._after = place

@@ -41,11 +41,13 @@ class Work:
     Attributes:
         num_tokens: living tokens.
         flops: model arithmetic, forward and backward.
+        epoch: how often the lanes have been read from their start to their end, on average.
         waited_seconds: how long this rank waited for its packs.
     """
 
     num_tokens: int
     flops: float
+    epoch: float
     waited_seconds: float
 
 
@@ -73,7 +75,7 @@ class Trainer:
         self.groups = groups
         self.dataset = dataset
         self.step = 0
-        self.work = Work(num_tokens=0, flops=0.0, waited_seconds=0.0)
+        self.work = Work(num_tokens=0, flops=0.0, epoch=0.0, waited_seconds=0.0)
         self.learning_rate = 0.0
         self.shape = input_shape(dataset.fields, config.model)
         self.model, self.machinery = build_machinery(config, groups, self.shape)
@@ -136,9 +138,11 @@ class Trainer:
         flops = float(sum(self._flops(pack) for pack in batch.packs))
         tokens = sum(pack.num_events for pack in batch.packs) * self.config.model.tokens_per_event
         tokens += sum(pack.num_windows for pack in batch.packs) * self.config.model.num_prefix_tokens
-        totals = torch.tensor([float(tokens), flops], dtype=torch.float64, device=self.groups.device)
+        epochs = sum(lane["progress"] for lane in batch.position.values())
+        totals = torch.tensor([float(tokens), flops, epochs], dtype=torch.float64, device=self.groups.device)
         dist.all_reduce(totals, group=self.groups.data.process_group)
-        return Work(num_tokens=int(totals[0]), flops=float(totals[1]), waited_seconds=waited)
+        epoch = float(totals[2]) / self.config.stream.lanes
+        return Work(num_tokens=int(totals[0]), flops=float(totals[1]), epoch=epoch, waited_seconds=waited)
 
     def _flops(self, pack: PackBatch) -> int:
         num_item_vectors = len(pack.columns["candidate_id"])

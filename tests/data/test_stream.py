@@ -142,6 +142,28 @@ def test_states_cover_carried_windows_and_pool_ends(dataset: Dataset) -> None:
     assert seen["epochs"] >= 2
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_progress_grows_evenly_and_is_whole_at_the_end_of_an_epoch(dataset: Dataset, lanes: int) -> None:
+    config = config_of(lanes=lanes, pool_blocks=2)
+    stream = TrainStream(dataset, config, lanes=range(lanes))
+    num_blocks = BlockReader(dataset, "train").num_blocks
+    before = {str(lane): 0.0 for lane in range(lanes)}
+    pools = dict.fromkeys(before, (0, 0))
+    while min(before.values()) < 3:
+        assert {name: lane["progress"] for name, lane in stream.state().items()} == before
+        stream.next_step()
+        for name, lane in stream.state().items():
+            largest_pool = 2 / len(range(int(name), num_blocks, lanes))
+            assert before[name] < lane["progress"] <= before[name] + largest_pool
+            assert lane["epoch"] <= lane["progress"] <= lane["epoch"] + 1
+            at = (lane["epoch"], lane["pool"])
+            if at != pools[name]:  # into the next pool, from the very end of the last one
+                start = lane["epoch"] + 2 * lane["pool"] / len(range(int(name), num_blocks, lanes))
+                assert before[name] == pytest.approx(start) and lane["progress"] > start
+            before[name], pools[name] = lane["progress"], at
+    stream.close()
+
+
 @pytest.mark.parametrize(
     "changes", [{"seed": 6}, {"pool_blocks": 3}, {"max_history_events": 23}, {"stochastic_length_alpha": 1.5}]
 )

@@ -34,8 +34,9 @@ def write_run(
     }  # fmt: skip
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [
-        {"step": step, "seconds": 36.0, "losses": {head: loss / step}, "tokens_per_second": 1e3 * step,
-         "data_wait": 0.01, "mfu": 0.4, "learning_rate": lr, "grad_norm": 1.0, "memory_bytes": 2**30}
+        {"step": step, "epoch": step / 20, "seconds": 36.0, "losses": {head: loss / step},
+         "tokens_per_second": 1e3 * step, "data_wait": 0.01, "mfu": 0.4, "learning_rate": lr, "grad_norm": 1.0,
+         "memory_bytes": 2**30}
         for step in range(10, 60, 10)
     ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -68,8 +68,8 @@ def test_everything_is_there_and_nothing_comes_from_outside(tmp_path: Path) -> N
     for words in ("Loss of next_item", "Tokens per second", "ndcg@10", "0.2500\n± 0.0250", "MostPop", "0.7500",
                   "optimizer.lr", "0.2", "filter_seen=window"):  # fmt: skip
         assert words in text
-    # over steps and over hours: the loss and two metrics; over steps alone: six of speed
-    assert [t for t, _ in tags.seen].count("svg") == 2 * (1 + 2) + 6
+    # over steps, epochs and hours: the loss and two metrics; over steps alone: six of speed
+    assert [t for t, _ in tags.seen].count("svg") == 3 * (1 + 2) + 6
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
     ids = [attributes["id"] for _, attributes in tags.seen if attributes.get("id") in used]
     assert len(ids) == len(set(ids)), "two charts share an id, so one would be clipped by the other"
@@ -85,9 +85,9 @@ def test_everything_is_there_and_nothing_comes_from_outside(tmp_path: Path) -> N
 def test_every_picture_is_in_the_view_of_some_axis(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "a"))
     views = re.findall(r'class="view ([^"]+)"', page)
-    assert views.count("on-step") == 3 and views.count("on-hours") == 3
-    assert views.count("on-step on-hours") == 6  # of speed there is no other picture
-    for axis in ("step", "hours"):
+    assert views.count("on-step") == views.count("on-epoch") == views.count("on-hours") == 3
+    assert views.count("on-step on-epoch on-hours") == 6  # of speed there is no other picture
+    for axis in ("step", "epoch", "hours"):
         assert f'id="by-{axis}"' in page and f"#by-{axis}:checked ~ main .on-{axis}" in page
 
 

@@ -87,5 +87,6 @@ def test_the_curve_of_a_group_is_the_mean_with_the_range(tmp_path: Path) -> None
 def test_an_evaluation_between_two_log_lines_lies_at_the_earlier(tmp_path: Path) -> None:
     (run,) = read_runs([str(write_run(tmp_path / "a"))])
     assert run.places([10.0, 25.0, 50.0], "hours") == pytest.approx([0.01, 0.02, 0.05])
+    assert run.places([10.0, 25.0, 50.0], "epoch") == [0.5, 1.0, 2.5]
     assert run.places([5.0, 25.0], "hours") == []  # before the first line nothing is known
     assert run.places([5.0, 25.0], "step") == [5.0, 25.0]

@@ -86,6 +86,7 @@ class LoggingHook(Hook):
         left = (trainer.config.num_steps - trainer.step) * elapsed / (trainer.step - self._first_step)
         record = {
             "step": trainer.step,
+            "epoch": trainer.work.epoch,
             "seconds": throughput.seconds,
             "tokens": trainer.work.num_tokens,
             "losses": losses,
@@ -108,6 +109,7 @@ class LoggingHook(Hook):
                 self._board.add_scalar(f"loss/{name}", value, trainer.step)
         say(
             f"step {trainer.step:>{len(str(trainer.config.num_steps))}}/{trainer.config.num_steps}"
+            f"  epoch {trainer.work.epoch:.2f}"
             f"  loss {'  '.join(f'{name} {value:.4f}' for name, value in losses.items())}"
             f"  grad {result.grad_norm:.3g}"
             f"  {throughput.tokens_per_second:,.0f} tokens/s"

@@ -13,7 +13,7 @@ import yaml
 from megarec.base.errors import UserError
 from megarec.base.files import read_json, read_records, sha256_of
 
-AXES = ("step", "hours")
+AXES = ("step", "epoch", "hours")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +46,18 @@ class Run:
         return _series(self.metrics, key.split("/", 1) if key.startswith("losses/") else [key])
 
     def places(self, steps: Sequence[float], axis: str) -> list[float]:
-        """Where `steps` lie on an axis of `AXES`; hours are those of training, up to the newest record at each step.
+        """Where `steps` lie on an axis of `AXES`; epochs and hours are those of the newest record at each step.
 
         Empty if the run does not say.
         """
         if axis == "step":
             return list(steps)
-        seconds = self.series("seconds")
-        hours, logged = list(itertools.accumulate(s / 3600 for s in seconds.values())), list(seconds)
+        records = self.series("seconds" if axis == "hours" else axis)
+        logged, known = list(records), list(records.values())
+        if axis == "hours":
+            known = list(itertools.accumulate(seconds / 3600 for seconds in known))
         newest = [bisect.bisect_right(logged, step) - 1 for step in steps]
-        return [hours[index] for index in newest] if newest and min(newest) >= 0 else []
+        return [known[index] for index in newest] if newest and min(newest) >= 0 else []
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
