@@ -16,7 +16,7 @@ Role = Literal["item_side", "context", "feedback"]
 Described = Literal["item", "user"]
 FieldKind = Literal["id", "categorical", "numeric", "flag"]
 
-RESERVED_NAMES = ("item", "user", "timestamp")
+RESERVED_NAMES = ("item", "user", "timestamp", "time", "hash")
 MAX_QUANTILES = 1000
 MAX_SCHEMA_BYTES = 1 << 20
 

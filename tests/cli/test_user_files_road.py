@@ -43,7 +43,7 @@ def test_a_prefix_of_what_is_known_of_the_user(tmp_path: Path) -> None:
         ["megarec-train", f"data={data}", f"run_dir={run}", *settings],
         ["megarec-convert", f"checkpoint={run}", f"data={data}", f"output={bundle}"],
     )
-    assert "users that no user file has" in table and (tmp_path / "bundle").is_dir()
+    assert "users that no user file describes" in table and (tmp_path / "bundle").is_dir()
     requests = []
     for user in (3, 4):
         mine = [row for row in rows if row[0] == user]

@@ -175,7 +175,7 @@ def test_a_user_without_a_row_is_unknown_and_counted(tmp_path, capsys):
     counts = pq.read_table(made.path / "vocab/gender.parquet").to_pylist()
     assert [(row["raw"], row["count"]) for row in counts] == [("f", 2), ("m", 1)]
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in printed if line.startswith("users that no user file has ")] == ["1"]
+    assert [line.split()[-1] for line in printed if line.startswith("users that no user file describes ")] == ["1"]
     assert [line.split()[-1] for line in printed if line.startswith("rows of user files read ")] == ["3"]
 
 
@@ -305,6 +305,9 @@ def test_mistakes_are_named(tmp_path):
         make(tmp_path, schema, users="absent*.csv")
     with pytest.raises(UserError, match=r"users\.fields names 'age', which is no context field"):
         make(tmp_path, {**schema, "users": {"user": "id", "fields": ["age"]}})
+    for name in ("time", "hash"):
+        with pytest.raises(UserError, match=f"the field name '{name}' is taken"):
+            make(tmp_path, {**schema, "fields": {name: FIELDS["gender"]}, "users": {"user": "id", "fields": [name]}})
     feedback = {"gender": {**FIELDS["gender"], "role": "feedback"}}
     with pytest.raises(UserError, match=r"users\.fields names 'gender', which is no context field"):
         make(tmp_path, {**schema, "fields": feedback, "users": {"user": "id", "fields": ["gender"]}})
@@ -313,6 +316,12 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(UserError, match=f"empty.csv: {message}"):
             make(tmp_path, schema, users="empty.csv")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["row", "draw", "key", "raw", "start", "slot0", "len"])
+def test_other_names_of_fields_are_free(tmp_path, name):
+    schema = {**small(tmp_path), "fields": {name: FIELDS["gender"]}, "users": {"user": "id", "fields": [name]}}
+    assert raw_of(make(tmp_path, schema, equal_times="shuffle"), name) == [None, "f", "m"]
 
 
 def test_the_schema_goes_to_text_and_back(tmp_path):

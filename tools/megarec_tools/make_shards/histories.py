@@ -219,8 +219,8 @@ def _user_slices(frame: pl.DataFrame) -> tuple[Int64, Int64]:
 def _shuffle_equal_times(frame: pl.DataFrame, lengths: Int64, *, key: int) -> pl.DataFrame:
     """Sorted events with those of one user and time in random order, a function of the key, the user and the log."""
     of_user = hash_numpy(key, frame["hash"].to_numpy())
-    draw = pl.Series("draw", hash_numpy(key, of_user + segment_positions(lengths).astype(np.uint64)))
-    return frame.with_columns(draw).sort("hash", "user", "time", "draw").drop("draw")
+    draw = pl.Series("#draw", hash_numpy(key, of_user + segment_positions(lengths).astype(np.uint64)))
+    return frame.with_columns(draw).sort("hash", "user", "time", "#draw").drop("#draw")
 
 
 def _tied(frame: pl.DataFrame) -> Mask:

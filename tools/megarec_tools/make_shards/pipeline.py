@@ -87,8 +87,8 @@ def make_shards(config: MakeShardsConfig) -> Dataset:
             staging=staging,
             ordered_map=ordered_map,
         )
-        for described, key in (("item", "absent_fields"), ("user", "absent_user_fields")):
-            maker.counts[key] = len(inputs.absent[described])
+        maker.counts["absent_fields"] = len(inputs.absent["item"])
+        maker.counts["absent_user_fields"] = len(inputs.absent["user"])
         dataset, rejected = maker.run()
     reasons = {"rows_rejected": rejected, "item_rows_rejected": items.rejected, "user_rows_rejected": users.rejected}
     say(format_table(dataset.counts, {key: rows.by_reason for key, rows in reasons.items()}))

@@ -24,7 +24,7 @@ COUNTS = {
     "dropped_users": "users dropped",
     "users": "users",
     "one_event_users": "users of one event",
-    "users_undescribed": "users that no user file has",
+    "users_undescribed": "users that no user file describes",
     "items": "items",
     "items_added": "items that only item files have",
     "items_undescribed": "items that no item file has",
