@@ -3,8 +3,8 @@
 history=FILE   one request in each line (- is standard input):
   {"user": 17, "events": [{"item": 9, "timestamp": 1700000000, ...}, ...],
    "at": 1700000600, "context": {...}, "items": [...]}
-  Events hold columns of the log. `at`, `context` and `items` may be left out; `items` are the only ones to score,
-  and all of them that the catalog knows come back, whatever k is.
+  Events hold columns of the log, `context` those of the question and of user files. `at`, `context` and `items` may
+  be left out; `items` are the only ones to score, and all of them that the catalog knows come back, whatever k is.
 user=ID data=DIR   for one user of a dataset instead, as things stood when the split asked.
 """
 

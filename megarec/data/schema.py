@@ -13,9 +13,10 @@ from megarec.base.config import build, plain
 from megarec.base.errors import UserError, nearest
 
 Role = Literal["item_side", "context", "feedback"]
+Described = Literal["item", "user"]
 FieldKind = Literal["id", "categorical", "numeric", "flag"]
 
-RESERVED_NAMES = ("item", "user", "timestamp")
+RESERVED_NAMES = ("item", "user", "timestamp", "time", "hash")
 MAX_QUANTILES = 1000
 MAX_SCHEMA_BYTES = 1 << 20
 
@@ -93,19 +94,54 @@ class FileFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemFiles(FileFormat):
-    """How to read the files that describe items, one item a row, beside the log.
+class SideFiles(FileFormat):
+    """How to read files beside the log that describe its items or its users, one a row.
+
+    Attributes:
+        fields: the fields that are read from these files and not from the log; each from the files that have its
+            column.
+    """
+
+    fields: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The column of the id of what a row describes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemFiles(SideFiles):
+    """Files of items; their fields are item-side.
 
     Attributes:
         item: the column of the item's id.
-        fields: the item-side fields that are read from these files and not from the log; each from the files that have
-            its column.
         extends_catalog: whether an item that only these files have belongs to the catalog.
     """
 
     item: str
-    fields: tuple[str, ...]
     extends_catalog: bool = False
+
+    @property
+    def key(self) -> str:
+        """See `SideFiles`."""
+        return self.item
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserFiles(SideFiles):
+    """Files of users; their fields are context, the same in all events of a user.
+
+    Attributes:
+        user: the column of the user's id.
+    """
+
+    user: str
+
+    @property
+    def key(self) -> str:
+        """See `SideFiles`."""
+        return self.user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +158,8 @@ class Schema(FileFormat):
         keep: rows to read: those whose column holds one of the values. Others are counted, not rejected.
         optional_columns: columns of `fields` and `keep` that a log may lack; it then has no such field or filter.
         text_columns: columns of ids that are text even where they look like integers.
-        items: how to read item files. Without such files its fields are absent, but for those with an optional column
-            that the log has.
+        items, users: how to read item files and user files. Without such files their fields are absent, but for those
+            with an optional column that the log has.
         aliases: other names of a ready schema.
     """
 
@@ -137,6 +173,7 @@ class Schema(FileFormat):
     optional_columns: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
     items: ItemFiles | None = None
+    users: UserFiles | None = None
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -146,9 +183,11 @@ class Schema(FileFormat):
                 raise UserError(f"'{name}' is no field name", fix="Use letters, digits and underscores")
             if name in RESERVED_NAMES:
                 raise UserError(f"the field name '{name}' is taken", fix="Choose another")
-        for name in self.items.fields if self.items else ():
-            if name not in self.fields or self.fields[name].role != "item_side":
-                raise UserError(f"items.fields names '{name}', which is no item-side field")
+        for described, files in self.side_files().items():
+            role, called = ("item_side", "item-side") if described == "item" else ("context", "context")
+            for name in files.fields:
+                if name not in self.fields or self.fields[name].role != role:
+                    raise UserError(f"{described}s.fields names '{name}', which is no {called} field")
         for column in self.optional_columns:
             if column in (self.user, self.item, self.timestamp):
                 raise UserError(f"the column '{column}' cannot be optional")
@@ -156,10 +195,25 @@ class Schema(FileFormat):
             if not values or not all(isinstance(v, str | int | float | bool) for v in values):
                 raise UserError(f"keep.{column} is not a list of values")
 
+    def side_files(self) -> dict[Described, SideFiles]:
+        """How to read the files beside the log, by what they describe."""
+        both: dict[Described, SideFiles | None] = {"item": self.items, "user": self.users}
+        return {described: files for described, files in both.items() if files is not None}
+
+    def fields_of(self, described: Described) -> dict[str, FieldSchema]:
+        """The fields that are read from the item files, or from the user files."""
+        files = self.side_files().get(described)
+        return {name: self.fields[name] for name in (files.fields if files else ())}
+
     def log_fields(self) -> dict[str, FieldSchema]:
         """The fields that are read from the log."""
-        elsewhere = self.items.fields if self.items else ()
+        elsewhere = self.fields_of("item") | self.fields_of("user")
         return {name: field for name, field in self.fields.items() if name not in elsewhere}
+
+    def event_fields(self) -> dict[str, FieldSchema]:
+        """The fields that each event has by itself: those of the log, and those of its user."""
+        of_items = self.fields_of("item")
+        return {name: field for name, field in self.fields.items() if name not in of_items}
 
     def columns(self) -> list[str]:
         """Every column of the log that is read, each once."""
@@ -221,8 +275,8 @@ def schema_text(schema: Schema) -> str:
     mapping = _changed(schema)
     if schema.fields:
         mapping["fields"] = {name: _changed(f) for name, f in schema.fields.items()}
-    if schema.items:
-        mapping["items"] = _changed(schema.items)
+    for described, files in schema.side_files().items():
+        mapping[f"{described}s"] = _changed(files)
     return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 

@@ -8,7 +8,8 @@ A request is one JSON object:
 ```
 
 An event may name its item and time as the log's columns or as `item` and `timestamp`; its other keys are columns of
-the log. What is left out is missing; values that the vocabulary lacks get id 0, as in the shards, and are counted.
+the log. Columns of user files stand in `context`, once for all events. What is left out is missing; values that the
+vocabulary lacks get id 0, as in the shards, and are counted.
 """
 
 import json
@@ -139,10 +140,12 @@ class RawReader:
 
     def _events(self, request: Request) -> list[dict[str, Any]]:
         events = []
+        columns = {field.column for field in self._catalog.schema.fields_of("user").values()}
+        of_user = {column: value for column, value in request.context.items() if column in columns}
         for number, event in enumerate(request.events, start=1):
             where = f"{request.where}, event {number}".removeprefix(", ")
             if self._is_kept(event):
-                events.append(self._event(event, where))
+                events.append(self._event({**of_user, **event}, where))
             else:
                 self.dropped_events += 1
         return sorted(events, key=lambda event: int(event["timestamp"]))  # stable: equal times keep their order
@@ -159,7 +162,7 @@ class RawReader:
         if self._catalog.has_timestamps:
             time = event.get("timestamp", event.get(schema.timestamp or "timestamp"))
             ids["timestamp"] = read_seconds(time, schema.timestamp_unit, where=where)
-        known = {"item", "timestamp", *schema.columns()}
+        known = {"item", "timestamp", *schema.columns(), *(f.column for f in schema.event_fields().values())}
         self.ignored.update(key for key in event if key not in known)
         for name, info in self._catalog.fields.items():
             if info.role in ("context", "feedback"):

@@ -22,11 +22,12 @@ from megarec.data.schema import load_schema, ready_schemas
 START = 978_300_000
 
 
-def make(folder, schema, log, *, items="", name="made", **options) -> Dataset:
+def make(folder, schema, log, *, items="", users="", name="made", **options) -> Dataset:
     def below(names):
         return [str(folder / n) for n in names] if isinstance(names, list) else names and str(folder / names)
 
-    config = {"input": below(log), "items": below(items), "output": str(folder / name), "schema": schema}
+    config = {"input": below(log), "items": below(items), "users": below(users), "schema": schema}
+    config["output"] = str(folder / name)
     return open_dataset(make_shards(MakeShardsConfig(**config, num_processes=1, **options)).path)
 
 
@@ -82,6 +83,27 @@ def check_ratings(dataset, rows, *, text=str, **maps):
         assert [str(value) for value in found[user]["rating"]] == [text(rating) for _, rating, _ in events]
 
 
+def some_people(users):
+    """What MovieLens says of all `users` but the first."""
+    jobs, codes = ["writer", "other", "none"], ["48067", "02460-1234", "T8H1N"]
+    return {
+        user: {"gender": "FM"[n % 2], "age": str(17 + n * 6), "occupation": jobs[n % 3], "zip_code": codes[n // 3]}
+        for n, user in enumerate(sorted(users)[1:])
+    }
+
+
+def check_people(dataset, people):
+    """What user files say stands in every event of a user, and nothing in those of the user they lack."""
+    found, fields = histories(dataset), list(next(iter(people.values())))
+    assert {name for name, info in dataset.fields.items() if info.role == "context"} >= set(fields)
+    assert dataset.counts["user_rows"] == len(people) and dataset.counts["users_undescribed"] == 1
+    assert dataset.counts["user_rows_rejected"] == dataset.counts["absent_user_fields"] == 0
+    for user, columns in found.items():
+        for name in fields:
+            nothing = 0 if dataset.fields[name].kind == "numeric" else None
+            assert set(columns[name]) == {people[user][name] if user in people else nothing}
+
+
 def side_of(dataset, field):
     """The raw values of an item-side vocabulary field, by raw item."""
     names, ids = raw_of(dataset, field), dataset.item_side()[field]
@@ -102,8 +124,12 @@ def test_movielens_1m(tmp_path):
     movies = {n: (f"Amélie, {n}: The Film (1999)", GENRES[n % 4]) for n in range(20, 0, -1)}
     text = "".join(f"{n}::{title}::{genres}\n" for n, (title, genres) in movies.items())
     (tmp_path / "movies.dat").write_bytes(text.encode("latin-1"))
-    made = make(tmp_path, "movielens_1m", "ratings.dat", items="movies.dat")
+    people = some_people({u for u, _, _, _ in rows})
+    text_of_users = "".join(f"{u}::{'::'.join(values.values())}\n" for u, values in people.items())
+    (tmp_path / "users.dat").write_text(text_of_users)
+    made = make(tmp_path, "movielens_1m", "ratings.dat", items="movies.dat", users="users.dat")
     check_ratings(made, rows)
+    check_people(made, people)
     assert set(made.item_raw()[1:]) == set(movies)
     assert made.counts["items_added"] == 20 - len({i for _, i, _, _ in rows})
     assert made.item_raw()[-1] == 20 and made.item_counts()[-1] == 0
@@ -124,8 +150,13 @@ def test_movielens_100k(tmp_path):
         url = f"http://us.imdb.com/M/title-exact?Misérables%20({n})"
         lines.append(f'{n}|Misérables "Les", {n} (1995)|{date}||{url}|' + "|".join(map(str, flags)) + "\n")
     (tmp_path / "u.item").write_bytes("".join(lines).encode("latin-1"))
-    made = make(tmp_path, "movielens_100k", "u.data", items="u.item")
+    people = some_people({u for u, _, _, _ in rows})
+    lines = [f"{u}|{p['age']}|{p['gender']}|{p['occupation']}|{p['zip_code']}\n" for u, p in people.items()]
+    (tmp_path / "u.user").write_text("".join(lines))
+    made = make(tmp_path, "movielens_100k", "u.data", items="u.item", users="u.user")
     check_ratings(made, rows)
+    groups = {u: 1 + sum(edge <= int(p["age"]) for edge in (18, 25, 35, 45, 50, 56)) for u, p in people.items()}
+    check_people(made, {u: {**p, "age": groups[u]} for u, p in people.items()})
     assert set(made.item_raw()[1:]) == set(range(1, 16)) and made.counts["item_rows_rejected"] == 0
     side = made.item_side()
     for number, n in enumerate(made.item_raw()[1:], start=1):
@@ -134,7 +165,8 @@ def test_movielens_100k(tmp_path):
                 assert side[name][number] == 1 + int(k in (n % 19, (n * 5) % 19))
     assert side_of(made, "release_date")[7] == []
     alone = make(tmp_path, "movielens_100k", "u.data", name="alone")
-    assert alone.counts["absent_fields"] == 19 and len(alone.item_raw()) == 1 + len({i for _, i, _, _ in rows})
+    assert (alone.counts["absent_fields"], alone.counts["absent_user_fields"]) == (19, 4)
+    assert len(alone.item_raw()) == 1 + len({i for _, i, _, _ in rows})
 
 
 @pytest.mark.parametrize("name", ["movielens_20m", "movielens_25m", "movielens_32m", "movielens_latest"])
@@ -158,7 +190,12 @@ def test_recbole(tmp_path):
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tgenre:token_seq"]
     items += [f'Film {n} "x"\tFilm\t19{60 + n}\t{GENRES[n % 4].replace("|", " ")}' for n in range(1, 20)]
     (tmp_path / "ml.item").write_bytes("\r\n".join(items).encode())
-    made = make(tmp_path, "recbole", "ml.inter", items="ml.item")
+    people = some_people({f"1m_{u}" for u, _, _, _ in rows})
+    lines = ["user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"]
+    lines += [f"{u}\t{p['age']}\t{p['gender']}\t{p['occupation']}\t{p['zip_code']}" for u, p in people.items()]
+    (tmp_path / "ml.user").write_bytes("\r\n".join(lines).encode())
+    made = make(tmp_path, "recbole", "ml.inter", items="ml.item", users="ml.user")
+    check_people(made, people)
     check_ratings(made, rows, user=lambda u: f"1m_{u}", item=lambda i: f'Film {i} "x"')
     assert side_of(made, "genre") == {f'Film {n} "x"': GENRES[n % 4].split("|") for n in range(1, 20)}
     assert side_of(made, "release_year")['Film 9 "x"'] == ["1969"]
@@ -226,6 +263,21 @@ def test_amazon_2023(tmp_path, kind):
     assert side_of(made, "store")[asin(6)] == ["S2"] and side_of(made, "categories")[asin(6)] == []
 
 
+def kuairand_person(user):
+    person = {
+        "user_active_degree": ["full_active", "high_active", "UNKNOWN"][user % 3],
+        "is_lowactive_period": "0",
+        "is_live_streamer": ["0", "1", "-124"][user % 3],
+        "is_video_author": str(user % 2),
+    }
+    for name, ranges in (("follow_user", "(0,10]"), ("fans_user", "[1,10)"), ("friend_user", "0")):
+        person |= {f"{name}_num": str(user), f"{name}_num_range": ranges}
+    person |= {"register_days": str(user * 50), "register_days_range": "61-90"}
+    return person | {
+        f"onehot_feat{n}": f"{user * n % 5}.0" if n == 4 and user % 2 else "" if n == 4 else str(n) for n in range(18)
+    }
+
+
 @pytest.mark.parametrize("size", ["pure", "1k", "27k"])
 def test_kuairand(tmp_path, size):
     header = (
@@ -252,7 +304,22 @@ def test_kuairand(tmp_path, size):
         for n in range(30)
     )  # fmt: skip
     (tmp_path / f"video_features_basic_{size}.csv").write_text(videos)
-    made = make(tmp_path, f"kuairand_{size}", "log_*.csv", items=f"video_features_basic_{size}.csv")
+    people = {u: kuairand_person(u) for u in sorted({u for u, _, _, _ in rows})[1:]}
+    names = list(next(iter(people.values())))
+    lines = [",".join(["user_id", *names])]
+    lines += [",".join([str(u), *(f'"{v}"' if "," in v else v for v in p.values())]) for u, p in people.items()]
+    (tmp_path / f"user_features_{size}.csv").write_text("\n".join(lines) + "\n")
+    made = make(
+        tmp_path,
+        f"kuairand_{size}",
+        "log_*.csv",
+        items=f"video_features_basic_{size}.csv",
+        users="user_features_*.csv",
+    )
+    numbers = {"follow_user_num", "fans_user_num", "friend_user_num", "register_days"}
+    of_users = {name for name in names if name not in numbers}
+    check_people(made, {u: {name: p[name] or None for name in of_users} for u, p in people.items()})
+    assert set(load_schema("kuairand").users.fields) == of_users
     assert made.counts["events"] == len(rows) and made.counts["rows_rejected"] == 0
     assert {name: info.role for name, info in made.fields.items() if name in ("tab", "is_click", "music_id")} == {
         "tab": "context",

@@ -15,9 +15,9 @@ from megarec.base.errors import UserError
 from megarec.data.dataset import FieldInfo, Split
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketResult, read_columns, write_columns
-from megarec_tools.make_shards.item_files import ItemTables
 from megarec_tools.make_shards.log.layout import Layout
 from megarec_tools.make_shards.shards import BucketUsers, ShardTask, vocabulary_path
+from megarec_tools.make_shards.side_files import ItemTables
 from megarec_tools.make_shards.split import SplitRule
 from megarec_tools.make_shards.vocabularies import (
     Totals,
@@ -78,11 +78,11 @@ class Assembly:
         self._unsigned = unsigned
         self._buckets: list[_BucketSize] = []
         self._values = {name: Totals(["raw"]) for name in layout.vocabulary_slots}
-        log_fields = self._schema.log_fields()
-        self._numbers = {name: Totals(["value"]) for name, field in log_fields.items() if field.num_quantiles}
+        fields = self._schema.event_fields()
+        self._numbers = {name: Totals(["value"]) for name, field in fields.items() if field.num_quantiles}
         self._side = {
             name: Totals(["item", *(f"slot{slot}" for slot in range(field.max_values))])
-            for name, field in log_fields.items()
+            for name, field in fields.items()
             if field.role == "item_side"
         }
         self._time_range: tuple[int, int] | None = None
@@ -126,8 +126,8 @@ class Assembly:
         item_side = self._item_side(items)
         counted = {name: totals.result() for name, totals in self._values.items() if name != "item"}
         numbers = {name: totals.result() for name, totals in self._numbers.items()}
-        for name in self._schema.items.fields if self._schema.items else ():
-            field, values = self._schema.fields[name], count_values(item_side[name], items)
+        for name, field in self._schema.fields_of("item").items():
+            values = count_values(item_side[name], items)
             if field.kind in ("id", "categorical"):
                 counted[name] = values
             elif field.num_quantiles:

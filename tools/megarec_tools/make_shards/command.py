@@ -2,12 +2,13 @@
 
 Reads Parquet, CSV, TSV and JSON lines (plain, .gz or .zst): one file, a glob, a directory or a list. The schema says
 what the columns mean: a ready one by its name, a yaml file, or schema=infer, which prints what it found and stops
-(exit code 2) until approve=true. Bad rows go to rejects.parquet; too many of them stop the command. items= names the
-publisher's files about the items, such as movies.csv.
+(exit code 2) until approve=true. Bad rows go to rejects.parquet; too many of them stop the command. items= and users=
+name the publisher's files about the items and the users, such as movies.csv and users.dat.
 
   megarec-make-shards input=events.parquet output=my_data schema=yambda
   megarec-make-shards input='logs/*.csv.gz' output=my_data schema=my.yaml split.rule=global_time split.cut=2024-05-01
-  megarec-make-shards input=ml-1m/ratings.dat items=ml-1m/movies.dat output=my_data schema=movielens_1m
+  megarec-make-shards input=ml-1m/ratings.dat items=ml-1m/movies.dat users=ml-1m/users.dat output=my_data \\
+      schema=movielens_1m
 """
 
 from textwrap import wrap

@@ -55,6 +55,7 @@ class MakeShardsConfig:
     Attributes:
         input: a file, a glob, a directory, or a list of them.
         items: files that describe items, named as `input` is; the schema says how to read them.
+        users: files that describe users, as `items`; what they say is context in every event of a user.
         output: the directory to make; it must not exist or be empty.
         schema: the name of a ready schema, a yaml file, or `infer`.
         approve: go on with an inferred schema; without it the schema is printed and nothing is made.
@@ -76,6 +77,7 @@ class MakeShardsConfig:
     output: str
     schema: str
     items: str | list[str] = ""
+    users: str | list[str] = ""
     approve: bool = False
     split: SplitConfig = field(default_factory=SplitConfig)
     users_per_block: int = 512

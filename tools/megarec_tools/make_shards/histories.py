@@ -13,7 +13,7 @@ import pyarrow as pa
 from megarec.base.jagged import Int64, segment_positions
 from megarec.base.random import hash_numpy
 from megarec.data.dataset import Split
-from megarec_tools.make_shards.log.layout import Layout
+from megarec_tools.make_shards.log.layout import Layout, slot_columns
 from megarec_tools.make_shards.partition import read_batch
 from megarec_tools.make_shards.split import SplitRule, UserSplit, may_be_validated
 from megarec_tools.make_shards.vocabularies import coarse_numbers
@@ -26,12 +26,14 @@ Mask = npt.NDArray[np.bool_]
 class BucketTask:
     """One bucket of the partitions in `spills`; the sorted columns go to the folder `bucket`.
 
+    What the bucket's rows of user files in `user_spills` say of a user stands in each of the user's events.
     Events of the items in the file `rare_items`, and users with fewer than `min_user_events`, are dropped. With a
     `shuffle_key`, the events of a user that have the same time are shuffled.
     """
 
     number: int
     spills: Sequence[Path]
+    user_spills: Sequence[Path]
     layout: Layout
     rule: SplitRule
     drop_duplicates: bool
@@ -89,7 +91,8 @@ def validation_candidates(task: BucketTask) -> npt.NDArray[np.uint64]:
 def build_bucket(task: BucketTask) -> BucketResult:
     """Runs one task."""
     users = _read_users(task)
-    frame, lengths = users.frame, users.lengths
+    lengths = users.lengths
+    frame, num_rows, num_conflicts = _describe_users(users, task)
     times = frame["time"].to_numpy()
     split = task.rule.apply(frame["hash"].to_numpy()[users.starts], lengths, times)
     for part in split.values():
@@ -107,6 +110,7 @@ def build_bucket(task: BucketTask) -> BucketResult:
     used = np.logical_or.reduce([*history.values(), *targets.values()])
     asked = {name: part.num_targets > 0 for name, part in split.items()}
     only_asked = np.logical_or.reduce(list(asked.values())) & (split["train"].num_history == 0)
+    counted = only_asked | (split["train"].num_history > 0)
     codes, dictionaries = _encode(frame, task.layout.vocabulary_slots)
     _write_bucket(
         task, frame, codes=codes, dictionaries=dictionaries, starts=users.starts, split=split, only_asked=only_asked
@@ -118,6 +122,8 @@ def build_bucket(task: BucketTask) -> BucketResult:
             "events": int(kept.sum()),
             "tied_events": int((kept & _tied(frame)).sum()) if task.layout.schema.timestamp is not None else 0,
             "one_event_users": int(((lengths == 1) & ~users.short).sum()),
+            "users_undescribed": int((counted & (num_rows == 0)).sum()) if task.layout.schema.users else 0,
+            "user_conflicts": int(num_conflicts[counted].sum()),
             "train_events": int(train.sum()),
             "valid_targets": int(valid.num_targets.sum()) if valid else 0,
             "targets": int(targets["eval"].sum()),
@@ -168,6 +174,33 @@ def _read_users(task: BucketTask) -> _Users:
     return _Users(frame=frame, starts=starts, lengths=lengths, short=short, dropped=dropped)
 
 
+def _describe_users(users: _Users, task: BucketTask) -> tuple[pl.DataFrame, Int64, Int64]:
+    """The events with the fields of user files; per user, the rows these have and how many fields have several values.
+
+    A user's value of a field is the first one of the files.
+    """
+    spilled = [pl.DataFrame(pl.from_arrow(read_batch(path, task.number))) for path in task.user_spills]
+    table = users.frame[users.starts].select("user")
+    num_rows, num_conflicts = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
+    for rows in spilled:
+        num_rows += _look_up(table, rows.group_by("user").len())
+    for name, field in task.layout.schema.fields_of("user").items():
+        slots = slot_columns(name, field)
+        given = pl.concat([rows.select("user", *slots) for rows in spilled if slots[0] in rows.columns])
+        given = given.filter(pl.col(slots[0]).is_not_null())
+        num_conflicts += _look_up(table, given.unique().group_by("user").len()) > 1
+        first = given.unique("user", keep="first", maintain_order=True)
+        table = table.join(first, on="user", how="left", maintain_order="left")
+    of_user = np.repeat(np.arange(len(table)), users.lengths)
+    return users.frame.hstack(table.drop("user")[of_user]), num_rows, num_conflicts
+
+
+def _look_up(users: pl.DataFrame, counts: pl.DataFrame) -> Int64:
+    """The count `len` of each user; 0 of those without."""
+    joined = users.select("user").join(counts, on="user", how="left", maintain_order="left")
+    return joined["len"].fill_null(0).to_numpy().astype(np.int64)
+
+
 def _mask(lengths: Int64, num_events: Int64, *, first: Int64 | None = None) -> Mask:
     """Of every user the `num_events` events from `first` on."""
     position = segment_positions(lengths)
@@ -186,8 +219,8 @@ def _user_slices(frame: pl.DataFrame) -> tuple[Int64, Int64]:
 def _shuffle_equal_times(frame: pl.DataFrame, lengths: Int64, *, key: int) -> pl.DataFrame:
     """Sorted events with those of one user and time in random order, a function of the key, the user and the log."""
     of_user = hash_numpy(key, frame["hash"].to_numpy())
-    draw = pl.Series("draw", hash_numpy(key, of_user + segment_positions(lengths).astype(np.uint64)))
-    return frame.with_columns(draw).sort("hash", "user", "time", "draw").drop("draw")
+    draw = pl.Series("#draw", hash_numpy(key, of_user + segment_positions(lengths).astype(np.uint64)))
+    return frame.with_columns(draw).sort("hash", "user", "time", "#draw").drop("#draw")
 
 
 def _tied(frame: pl.DataFrame) -> Mask:
@@ -281,7 +314,7 @@ def _decode(dictionary: pl.Series, codes: pl.Series) -> pl.Series:
 
 def _numbers(layout: Layout, frame: pl.DataFrame, *, train: Mask) -> dict[str, pl.DataFrame]:
     numbers = {}
-    for name, field in layout.schema.log_fields().items():
+    for name, field in layout.schema.event_fields().items():
         if field.num_quantiles:
             values = frame[name].filter(pl.Series(train)).drop_nulls().to_numpy()
             distinct, counts = np.unique(coarse_numbers(values), return_counts=True)
@@ -304,7 +337,7 @@ def _write_bucket(
     for name, code in codes.items():
         if name == "item" or task.layout.schema.fields[name].role != "item_side":
             events |= {f"{name}/{slot}": np.ascontiguousarray(values) for slot, values in enumerate(_slots(code))}
-    for name, field in task.layout.schema.log_fields().items():
+    for name, field in task.layout.schema.event_fields().items():
         if name not in codes and field.role != "item_side":
             events[f"{name}/0"] = frame[name].fill_null(np.nan if field.kind == "numeric" else 0).to_numpy()
     write_columns(task.bucket / "events.arrow", pa.table(events))

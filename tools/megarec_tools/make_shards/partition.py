@@ -63,12 +63,7 @@ def partition_piece(task: PartitionTask) -> PartitionResult:
         broken = pl.concat([broken, unequal])
     kept = keep_rows(raw, schema.keep)
     frame, rejects = clean(kept, task.layout)
-    hashes = hash_users(frame["user"], seed=task.seed)
-    bucket = (hashes >> np.uint64(64 - task.bucket_bits)) if task.bucket_bits else np.zeros(len(hashes), np.uint64)
-    counts = np.bincount(bucket.astype(np.int64), minlength=1 << task.bucket_bits)
-    order = np.argsort(bucket.astype(np.uint16), kind="stable")
-    table = frame.insert_column(0, pl.Series("hash", hashes))[order].to_arrow()
-    write_batches(task.spill, table, counts)
+    write_buckets(task.spill, frame, bits=task.bucket_bits, seed=task.seed)
     rejected = pl.concat([broken, rejects.frame(kept["#row"])]).with_columns(pl.col("row") + 1)
     return PartitionResult(
         num_file_rows=num_file_rows,
@@ -90,6 +85,15 @@ def hash_users(users: pl.Series, *, seed: int) -> UInt64:
     digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in coded.dictionary.to_pylist()]
     distinct = np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
     return hash_numpy(key, distinct)[coded.indices.to_numpy()]
+
+
+def write_buckets(path: Path, frame: pl.DataFrame, *, bits: int, seed: int) -> None:
+    """Writes the rows of `frame`, with the `hash` of their `user`, as `2 ** bits` batches, in each as they stand."""
+    hashes = hash_users(frame["user"], seed=seed)
+    bucket = (hashes >> np.uint64(64 - bits)) if bits else np.zeros(len(hashes), np.uint64)
+    counts = np.bincount(bucket.astype(np.int64), minlength=1 << bits)
+    order = np.argsort(bucket.astype(np.uint16), kind="stable")
+    write_batches(path, frame.insert_column(0, pl.Series("hash", hashes))[order].to_arrow(), counts)
 
 
 def write_batches(path: Path, table: pa.Table, counts: npt.NDArray[np.int64]) -> None:

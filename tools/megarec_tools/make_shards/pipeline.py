@@ -1,6 +1,6 @@
 """From a log to a dataset directory, in three passes over data that never has to fit into memory.
 
-0. Item files are read and laid aside (`item_files`).
+0. Item and user files are read and laid aside (`side_files`).
 1. Pieces of the log are read, cleaned and cut into buckets of users (`partition`).
 2. Each bucket is sorted, split and counted (`histories`); the counts become vocabularies (`vocabularies`).
 3. The users of each shard become blocks of ids (`shards`).
@@ -25,11 +25,10 @@ from megarec.base.files import new_directory, refuse_occupied
 from megarec.base.progress import bar, say
 from megarec.base.random import derive_key
 from megarec.data.dataset import Dataset, write_dataset
-from megarec.data.schema import Schema, infer_schema, load_schema, schema_text
+from megarec.data.schema import Described, FieldSchema, Schema, infer_schema, load_schema, schema_text
 from megarec_tools.make_shards.assembly import Assembly
 from megarec_tools.make_shards.config import MakeShardsConfig
 from megarec_tools.make_shards.histories import BucketTask, build_bucket, validation_candidates, write_columns
-from megarec_tools.make_shards.item_files import ItemFiles, ItemTables, decide_item_layouts, find_item_files
 from megarec_tools.make_shards.log.files import LogFiles, find_files
 from megarec_tools.make_shards.log.layout import Layout, decide_layout, narrow_schema
 from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, estimate_events, require_columns
@@ -37,6 +36,14 @@ from megarec_tools.make_shards.log.reading import list_columns_of, read_sample
 from megarec_tools.make_shards.partition import PartitionTask, partition_piece
 from megarec_tools.make_shards.processes import OrderedMap, workers
 from megarec_tools.make_shards.shards import build_shard
+from megarec_tools.make_shards.side_files import (
+    Buckets,
+    FoundFiles,
+    ItemTables,
+    SideRows,
+    decide_side_layouts,
+    find_side_files,
+)
 from megarec_tools.make_shards.split import SplitRule
 from megarec_tools.make_shards.summary import COUNTS, RejectedRows, format_table
 from megarec_tools.make_shards.vocabularies import Totals
@@ -61,34 +68,45 @@ def make_shards(config: MakeShardsConfig) -> Dataset:
     _check_times_are_known(config, schema)
     lists = list_columns_of(schema.log_fields().values())
     layout = decide_layout(read_sample(files, schema.columns(), written=schema, list_columns=lists), schema)
-    item_layouts = decide_item_layouts(inputs.item_files, layout)
+    item_layouts, user_layouts = (
+        decide_side_layouts(inputs.beside.get(described, {}), layout, described=described)
+        for described in ("item", "user")
+    )
     with new_directory(output) as staging, workers(_num_processes(config, files)) as ordered_map:
         work = staging / "unfinished"
         work.mkdir()
         items = ItemTables(item_layouts, work=work, max_rejects=config.max_rejects)
+        users = SideRows(user_layouts, work=work, max_rejects=config.max_rejects)
         maker = _Maker(
-            config, files=files, layout=layout, items=items, rule=rule, staging=staging, ordered_map=ordered_map
+            config,
+            files=files,
+            layout=layout,
+            items=items,
+            users=users,
+            rule=rule,
+            staging=staging,
+            ordered_map=ordered_map,
         )
-        maker.counts["absent_fields"] = inputs.num_absent_fields
+        maker.counts["absent_fields"] = len(inputs.absent["item"])
+        maker.counts["absent_user_fields"] = len(inputs.absent["user"])
         dataset, rejected = maker.run()
-    reasons = {"rows_rejected": rejected.by_reason, "item_rows_rejected": items.rejected.by_reason}
-    say(format_table(dataset.counts, reasons))
+    reasons = {"rows_rejected": rejected, "item_rows_rejected": items.rejected, "user_rows_rejected": users.rejected}
+    say(format_table(dataset.counts, {key: rows.by_reason for key, rows in reasons.items()}))
     return replace(dataset, path=output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """The log, the item files with their columns, the schema without what all these lack, and how much they lack."""
+    """The log, the files beside it with their columns, the schema without the fields that all these lack, and those."""
 
     log: LogFiles
-    item_files: ItemFiles
+    beside: dict[Described, FoundFiles]
     schema: Schema
-    num_absent_fields: int
+    absent: dict[Described, set[str]]
 
 
 def _open_inputs(config: MakeShardsConfig) -> _Inputs:
     inputs = [config.input] if isinstance(config.input, str) else config.input
-    item_inputs = [config.items] if isinstance(config.items, str) else config.items
     schema = None if config.schema == "infer" else load_schema(config.schema)
     files = find_files(inputs, file_format=schema.file_format if schema else "auto")
     first = files.paths[0]
@@ -100,14 +118,23 @@ def _open_inputs(config: MakeShardsConfig) -> _Inputs:
         if not config.approve:
             fix = "Save it as a yaml file and name that, or add approve=true"
             raise UserError("the schema above was inferred and is not approved yet", fix=fix)
-    item_files = find_item_files(item_inputs, schema) if config.items else {}
-    columns_of_items = {column for _, columns in item_files.values() for column in columns}
+    named: dict[Described, str | list[str]] = {"item": config.items, "user": config.users}
+    beside = {
+        described: find_side_files([names] if isinstance(names, str) else names, schema, described=described)
+        for described, names in named.items()
+        if names
+    }
+    present_beside = {d: {column for _, columns in found.values() for column in columns} for d, found in beside.items()}
     present = columns_of(first, files.format, written=schema)
-    narrow = narrow_schema(schema, present, present_for_items=columns_of_items)
+    narrow = narrow_schema(schema, present, present_beside=present_beside)
     for path in files.paths if files.format != "jsonl" else [first]:  # a key may be missing from a line
         require_columns(columns_of(path, files.format, written=narrow), narrow.columns(), path=path)
-    absent = [name for name in (schema.items.fields if schema.items else ()) if name not in narrow.fields]
-    return _Inputs(log=files, item_files=item_files, schema=narrow, num_absent_fields=len(absent))
+    absent = {described: schema.fields_of(described).keys() - narrow.fields.keys() for described in named}
+    return _Inputs(log=files, beside=beside, schema=narrow, absent=absent)
+
+
+def _columns_of(fields: dict[str, FieldSchema]) -> dict[str, str]:
+    return {name: field.column for name, field in fields.items()}
 
 
 def _check_times_are_known(config: MakeShardsConfig, schema: Schema) -> None:
@@ -139,6 +166,7 @@ class _Maker:
         files: LogFiles,
         layout: Layout,
         items: ItemTables,
+        users: SideRows,
         rule: SplitRule,
         staging: Path,
         ordered_map: OrderedMap,
@@ -147,6 +175,7 @@ class _Maker:
         self.files = files
         self.layout = layout
         self.items = items
+        self.users = users
         self.rule = rule
         self.staging = staging
         self.ordered_map = ordered_map
@@ -156,12 +185,14 @@ class _Maker:
 
     def run(self) -> tuple[Dataset, RejectedRows]:
         """Makes every file of the dataset; `dataset.json` comes last."""
-        self.items.read(self.ordered_map)
-        self.counts["item_rows"] = self.items.rejected.num_rows
-        self.counts["item_rows_rejected"] = self.items.rejected.num_rejected
         schema = self.layout.schema
         num_rows = estimate_events(self.files, written=schema, item=schema.item)
         bits = min(MAX_BUCKET_BITS, max(0, -(-num_rows // EVENTS_PER_BUCKET) - 1).bit_length())
+        self.items.read(self.ordered_map)
+        self.users.read(self.ordered_map, buckets=Buckets(bits=bits, seed=self.config.seed))
+        for described, side in (("item", self.items), ("user", self.users)):
+            self.counts[f"{described}_rows"] = side.rejected.num_rows
+            self.counts[f"{described}_rows_rejected"] = side.rejected.num_rejected
         spills, rejected, unsigned = self._partition(num_rows, bucket_bits=bits)
         assembly = Assembly(
             self.config,
@@ -182,7 +213,7 @@ class _Maker:
                 shards.append(shard)
                 progress.update(shard.events + shard.targets)
         shutil.rmtree(self.work)
-        rejects = pl.concat([rejected.frame(), self.items.rejected.frame()])
+        rejects = pl.concat([rows.frame() for rows in (rejected, self.items.rejected, self.users.rejected)])
         parquet.write_table(rejects.to_arrow(), self.staging / "rejects.parquet")
         dataset = Dataset(
             path=self.staging,
@@ -242,20 +273,20 @@ class _Maker:
         return spills, rejected, self._unsigned_fields(signs)
 
     def _unsigned_fields(self, signs: set[tuple[str, str]]) -> frozenset[str]:
-        """The fields whose ids reach 2^63, from the signs of the log's columns and of the item files'."""
+        """The fields whose ids reach 2^63, from the signs of the columns of the log and of the files beside it."""
         schema = self.layout.schema
-        of_log = {"user": schema.user, "item": schema.item, **{n: f.column for n, f in schema.log_fields().items()}}
-        of_items = {}
-        if schema.items:
-            of_items = {"item": schema.items.item, **{n: schema.fields[n].column for n in schema.items.fields}}
+        columns = [{"user": schema.user, "item": schema.item, **_columns_of(schema.log_fields())}]
+        for described, files in schema.side_files().items():
+            columns.append({described: files.key, **_columns_of(schema.fields_of(described))})
+        seen = [signs, *({"item": self.items, "user": self.users}[d].signs for d in schema.side_files())]
         found: dict[str, set[str]] = {"big": set(), "negative": set()}
-        for columns, seen in ((of_log, signs), (of_items, self.items.signs)):
-            for name, column in columns.items():
+        for of_files, signs_of_files in zip(columns, seen, strict=True):
+            for name, column in of_files.items():
                 for sign in found:
-                    found[sign] |= {name} if (column, sign) in seen else set()
+                    found[sign] |= {name} if (column, sign) in signs_of_files else set()
         both = sorted(found["big"] & found["negative"])
         if both:
-            column = of_log.get(both[0]) or of_items[both[0]]
+            column = next(of_files[both[0]] for of_files in columns if both[0] in of_files)
             what = f"the column '{column}' has ids below 0 and ids of 2^63 and more"
             raise UserError(what, fix=f"List '{column}' in the schema's text_columns")
         return frozenset(found["big"])
@@ -267,6 +298,7 @@ class _Maker:
             BucketTask(
                 number=number,
                 spills=spills,
+                user_spills=[path for path, _ in self.users.pieces],
                 layout=self.layout,
                 rule=self.rule,
                 drop_duplicates=self.config.duplicates == "drop",

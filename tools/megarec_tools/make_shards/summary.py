@@ -14,13 +14,17 @@ COUNTS = {
     "rows_rejected": "rows rejected",
     "item_rows": "rows of item files read",
     "item_rows_rejected": "rows of item files rejected",
+    "user_rows": "rows of user files read",
+    "user_rows_rejected": "rows of user files rejected",
     "absent_fields": "item-side fields left out: in no file",
+    "absent_user_fields": "user fields left out: in no file",
     "duplicates": "rows that repeat another",
     "rare_events": "events of rare items dropped",
     "short_events": "events of users with too few dropped",
     "dropped_users": "users dropped",
     "users": "users",
     "one_event_users": "users of one event",
+    "users_undescribed": "users that no user file describes",
     "items": "items",
     "items_added": "items that only item files have",
     "items_undescribed": "items that no item file has",
@@ -39,6 +43,7 @@ COUNTS = {
     "targets_unseen": "eval targets whose item is unseen in train",
     "items_unseen": "items unseen in train",
     "item_side_conflicts": "items with several values of an item-side field",
+    "user_conflicts": "users with several values of a user field",
 }
 _ALWAYS = ("rows", "rows_rejected", "duplicates", "users", "one_event_users", "items", "events", "items_unseen")
 

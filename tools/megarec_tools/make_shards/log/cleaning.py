@@ -10,7 +10,7 @@ import polars as pl
 from megarec.base.errors import UserError
 from megarec.data.schema import FieldSchema, Schema
 from megarec.data.values import FALSE_TEXTS, MAX_TIME_US, MICROSECONDS, TRUE_TEXTS, parse_time
-from megarec_tools.make_shards.log.layout import ItemLayout, Layout, slot_columns
+from megarec_tools.make_shards.log.layout import Layout, SideLayout, slot_columns
 from megarec_tools.make_shards.log.reading import NOT_SCALAR, UNREADABLE
 
 _YEAR_1973_US = 100_000_000 * 1_000_000
@@ -89,12 +89,12 @@ def clean(frame: pl.DataFrame, layout: Layout) -> tuple[pl.DataFrame, Rejects]:
     return _good_rows(columns, rejects), rejects
 
 
-def clean_items(frame: pl.DataFrame, layout: ItemLayout) -> tuple[pl.DataFrame, Rejects]:
-    """The usable rows of an item file: `row`, `item`, and its fields as `clean` gives them. And the rest."""
+def clean_side(frame: pl.DataFrame, layout: SideLayout) -> tuple[pl.DataFrame, Rejects]:
+    """The usable rows of a side file: `#row`, `item` or `user`, its fields as `clean` gives them. And the rest."""
     rejects = Rejects(len(frame))
     columns = [
-        frame["#row"].cast(pl.Int64).alias("row"),
-        _ids(frame[layout.item], layout.integers, rejects=rejects, required=True).alias("item"),
+        frame["#row"].cast(pl.Int64),
+        _ids(frame[layout.key], layout.integers, rejects=rejects, required=True).alias(layout.described),
     ]
     for name, field in layout.fields.items():
         columns += _field(frame[field.column], name, field, integers=layout.integers, rejects=rejects)

@@ -17,6 +17,7 @@ FORMATS: dict[str, LogFormat] = {
     ".tsv": "tsv",
     ".inter": "tsv",
     ".item": "tsv",
+    ".user": "tsv",
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".ndjson": "jsonl",

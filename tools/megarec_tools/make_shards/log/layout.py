@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from megarec.base.errors import UserError
-from megarec.data.schema import FieldSchema, FileFormat, Schema
+from megarec.data.schema import Described, FieldSchema, FileFormat, Schema
 from megarec.data.values import UNIT_LIMITS
 from megarec_tools.make_shards.log.files import LogFiles
 from megarec_tools.make_shards.log.reading import explode_rows, list_columns_of, read_sample
@@ -34,9 +34,9 @@ class Layout:
 
     @property
     def vocabulary_slots(self) -> dict[str, list[str]]:
-        """The frame columns of every field of the log with a vocabulary; `item` is one, of one column."""
+        """The frame columns of every field of the events with a vocabulary; `item` is one, of one column."""
         slots = {"item": ["item"]}
-        for name, field in self.schema.log_fields().items():
+        for name, field in self.schema.event_fields().items():
             if field.kind in ("id", "categorical"):
                 slots[name] = slot_columns(name, field)
         return slots
@@ -48,51 +48,54 @@ def slot_columns(name: str, field: FieldSchema) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemLayout:
-    """How one item file is read.
+class SideLayout:
+    """How one item file or user file is read.
 
     Attributes:
+        described: what a row describes.
         files: the file.
         written: how it is written.
-        item: the column of the item's id.
+        key: the column of the id of what is described.
         fields: the fields that are read from it.
         integers: as in `Layout`.
     """
 
+    described: Described
     files: LogFiles
     written: FileFormat
-    item: str
+    key: str
     fields: dict[str, FieldSchema]
     integers: frozenset[str]
 
     def columns(self) -> list[str]:
         """Every column that is read, each once."""
-        return list(dict.fromkeys([self.item, *(field.column for field in self.fields.values())]))
+        return list(dict.fromkeys([self.key, *(field.column for field in self.fields.values())]))
 
 
-def narrow_schema(schema: Schema, present: list[str], *, present_for_items: set[str]) -> Schema:
+def narrow_schema(schema: Schema, present: list[str], *, present_beside: dict[Described, set[str]]) -> Schema:
     """`schema` without what its files lack.
 
     Args:
         schema: all that could be read.
         present: the columns of the log; only optional ones may be missing.
-        present_for_items: the columns of the item files; empty without such files.
+        present_beside: the columns of the item files and of the user files; without such files, none.
     """
-    items = schema.items if present_for_items else None
-    from_items = schema.items.fields if schema.items else ()
     lacking = set(schema.optional_columns) - set(present)
-    of_items = present_for_items or set(schema.optional_columns) - lacking
-    fields = {
-        name: field
-        for name, field in schema.fields.items()
-        if (field.column in of_items if name in from_items else field.column not in lacking)
-    }
+    absent = {name for name, field in schema.log_fields().items() if field.column in lacking}
+    for described in schema.side_files():
+        columns = present_beside.get(described) or set(schema.optional_columns) - lacking
+        absent |= {name for name, field in schema.fields_of(described).items() if field.column not in columns}
+
+    def of_files(described: Described) -> tuple[str, ...]:
+        return tuple(name for name in schema.fields_of(described) if name not in absent)
+
     return replace(
         schema,
-        fields=fields,
+        fields={name: field for name, field in schema.fields.items() if name not in absent},
         keep={column: values for column, values in schema.keep.items() if column not in lacking},
         optional_columns=(),
-        items=replace(items, fields=tuple(name for name in from_items if name in fields)) if items else None,
+        items=replace(schema.items, fields=of_files("item")) if schema.items and "item" in present_beside else None,
+        users=replace(schema.users, fields=of_files("user")) if schema.users and "user" in present_beside else None,
     )
 
 
@@ -130,16 +133,18 @@ def decide_layout(sample: pl.DataFrame, schema: Schema) -> Layout:
     )
 
 
-def decide_item_layout(files: LogFiles, fields: dict[str, FieldSchema], *, log: Layout) -> ItemLayout:
-    """The layout of an item file from its first rows; the ids of items are what they are in the log."""
-    items = log.schema.items
-    assert items is not None
-    bare = ItemLayout(files=files, written=items, item=items.item, fields=fields, integers=frozenset())
-    sample = read_sample(files, bare.columns(), written=items, list_columns=list_columns_of(fields.values()))
-    if sample[items.item].dtype.is_nested():
-        raise UserError(f"the column '{items.item}' is a {sample[items.item].dtype}, not one value")
-    integers = _integer_columns(sample, fields, text_columns=log.schema.text_columns) - {items.item}
-    return replace(bare, integers=integers | ({items.item} if log.schema.item in log.integers else set()))
+def decide_side_layout(
+    files: LogFiles, fields: dict[str, FieldSchema], *, described: Described, log: Layout
+) -> SideLayout:
+    """The layout of an item or user file from its first rows; the ids it describes are what they are in the log."""
+    written = log.schema.side_files()[described]
+    key, key_in_log = written.key, log.schema.item if described == "item" else log.schema.user
+    bare = SideLayout(described=described, files=files, written=written, key=key, fields=fields, integers=frozenset())
+    sample = read_sample(files, bare.columns(), written=written, list_columns=list_columns_of(fields.values()))
+    if sample[key].dtype.is_nested():
+        raise UserError(f"the column '{key}' is a {sample[key].dtype}, not one value")
+    integers = _integer_columns(sample, fields, text_columns=log.schema.text_columns) - {key}
+    return replace(bare, integers=integers | ({key} if key_in_log in log.integers else set()))
 
 
 def _integer_columns(

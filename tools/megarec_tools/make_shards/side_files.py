@@ -1,4 +1,7 @@
-"""Item files beside the log: read and cleaned before it, joined to the items when those are known."""
+"""Files beside the log that describe its items or its users: read and cleaned before it.
+
+What item files say is joined to the items when those are known; what user files say, to the events of each bucket.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,31 +10,41 @@ from pathlib import Path
 import polars as pl
 
 from megarec.base.errors import UserError
-from megarec.data.schema import Schema
+from megarec.data.schema import Described, ItemFiles, Schema
 from megarec_tools.make_shards.histories import read_columns, write_columns
-from megarec_tools.make_shards.log.cleaning import clean_items
+from megarec_tools.make_shards.log.cleaning import clean_side
 from megarec_tools.make_shards.log.files import LogFiles, find_files
-from megarec_tools.make_shards.log.layout import ItemLayout, Layout, decide_item_layout, slot_columns
+from megarec_tools.make_shards.log.layout import Layout, SideLayout, decide_side_layout, slot_columns
 from megarec_tools.make_shards.log.pieces import Piece, columns_of, cut_pieces, require_columns
 from megarec_tools.make_shards.log.reading import list_columns_of, read_piece
+from megarec_tools.make_shards.partition import write_buckets
 from megarec_tools.make_shards.processes import OrderedMap
 from megarec_tools.make_shards.summary import RejectedRows
 from megarec_tools.make_shards.vocabularies import Totals
 
-ItemFiles = dict[Path, tuple[LogFiles, list[str]]]
+FoundFiles = dict[Path, tuple[LogFiles, list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemTask:
-    """One piece of an item file to read; the result goes to `spill`."""
+class Buckets:
+    """How users are cut into `2 ** bits` buckets; as in `PartitionTask`."""
+
+    bits: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideTask:
+    """One piece of a side file to read; the result goes to `spill`, that of a user file in buckets of the users."""
 
     piece: Piece
-    layout: ItemLayout
+    layout: SideLayout
     spill: Path
+    buckets: Buckets | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemResult:
+class SideResult:
     """What was found in one piece; as in `PartitionResult`."""
 
     num_rows: int
@@ -39,60 +52,66 @@ class ItemResult:
     signs: set[tuple[str, str]]
 
 
-def find_item_files(inputs: list[str], schema: Schema) -> ItemFiles:
-    """The item files that `inputs` name, in order, each as a log of one file, with its columns.
+def find_side_files(inputs: list[str], schema: Schema, *, described: Described) -> FoundFiles:
+    """The item files, or user files, that `inputs` name, in order, each as a log of one file, with its columns.
 
     Raises:
-        UserError: the schema has no section `items`; a file is not there, has no item column, or none that is wanted.
+        UserError: the schema has no section for them; a file is not there, has no column of the id, or none that is
+            wanted.
     """
-    if schema.items is None:
-        fix = "Name another schema, or add the section 'items' of docs/data_format.md"
-        raise UserError(f"the schema '{schema.name}' does not say how to read item files", where="items", fix=fix)
-    wanted = [schema.fields[name].column for name in schema.items.fields]
-    found: ItemFiles = {}
+    written = schema.side_files().get(described)
+    if written is None:
+        section = f"{described}s"
+        fix = f"Name another schema, or add the section '{section}' of docs/data_format.md"
+        raise UserError(
+            f"the schema '{schema.name}' does not say how to read {described} files", where=section, fix=fix
+        )
+    wanted = [field.column for field in schema.fields_of(described).values()]
+    must_describe = not (isinstance(written, ItemFiles) and written.extends_catalog)
+    found: FoundFiles = {}
     for text in inputs:
-        files = find_files([text], file_format=schema.items.file_format)
+        files = find_files([text], file_format=written.file_format)
         for path in files.paths:
             if path in found:
                 raise UserError("the file is named twice", where=str(path))
-            present = columns_of(path, files.format, written=schema.items)
-            require_columns(present, [schema.items.item], path=path)
-            if not schema.items.extends_catalog and not set(wanted) & set(present):
-                raise UserError(f"none of the columns {', '.join(wanted)}", where=str(path), fix="Is it an item file?")
+            present = columns_of(path, files.format, written=written)
+            require_columns(present, [written.key], path=path)
+            if must_describe and not set(wanted) & set(present):
+                fix = f"Does it describe {described}s?"
+                raise UserError(f"none of the columns {', '.join(wanted)}", where=str(path), fix=fix)
             found[path] = (replace(files, paths=(path,)), present)
     return found
 
 
-def decide_item_layouts(found: ItemFiles, log: Layout) -> list[ItemLayout]:
-    """How each item file is read: a column is of the type that it has in the first file that has it."""
-    items = log.schema.items
+def decide_side_layouts(found: FoundFiles, log: Layout, *, described: Described) -> list[SideLayout]:
+    """How each file is read: a column is of the type that it has in the first file that has it."""
+    wanted = log.schema.fields_of(described)
     integers: dict[str, bool] = {}
     layouts = []
     for files, present in found.values():
-        fields = {
-            name: log.schema.fields[name]
-            for name in (items.fields if items else ())
-            if log.schema.fields[name].column in present
-        }
-        layout = decide_item_layout(files, fields, log=log)
+        fields = {name: field for name, field in wanted.items() if field.column in present}
+        layout = decide_side_layout(files, fields, described=described, log=log)
         for column in layout.columns():
             integers.setdefault(column, column in layout.integers)
         layouts.append(replace(layout, integers=frozenset(c for c in layout.columns() if integers[c])))
     return layouts
 
 
-def read_item_piece(task: ItemTask) -> ItemResult:
+def read_side_piece(task: SideTask) -> SideResult:
     """Runs one task."""
     lists = list_columns_of(task.layout.fields.values())
     raw, broken = read_piece(task.piece, task.layout.columns(), list_columns=lists)
-    frame, rejects = clean_items(raw, task.layout)
-    write_columns(task.spill, frame.to_arrow())
+    frame, rejects = clean_side(raw, task.layout)
+    if task.buckets is None:
+        write_columns(task.spill, frame.to_arrow())
+    else:
+        write_buckets(task.spill, frame.drop("#row"), bits=task.buckets.bits, seed=task.buckets.seed)
     rejected = pl.concat([broken, rejects.frame(raw["#row"])]).with_columns(pl.col("row") + 1)
-    return ItemResult(num_rows=len(raw) + len(broken), rejects=rejected, signs=rejects.signs)
+    return SideResult(num_rows=len(raw) + len(broken), rejects=rejected, signs=rejects.signs)
 
 
-class ItemTables:
-    """What the item files say about items. Rows lie on the disk; one piece of a file is in memory at a time.
+class SideRows:
+    """The rows of side files, laid aside on the disk; one piece of a file is in memory at a time.
 
     Args:
         layouts: the files; none of them reads as no rows.
@@ -100,36 +119,42 @@ class ItemTables:
         max_rejects: the share of rows that may be unusable.
 
     Attributes:
+        pieces: what was read, in order: a file for each piece of a side file, and how that was read.
         rejected: the rows that could not be used.
         signs: see `Rejects.signs`.
     """
 
-    def __init__(self, layouts: list[ItemLayout], *, work: Path, max_rejects: float) -> None:
+    def __init__(self, layouts: list[SideLayout], *, work: Path, max_rejects: float) -> None:
         self._layouts = layouts
         self._work = work
-        self._pieces: list[tuple[Path, ItemLayout]] = []
+        self.pieces: list[tuple[Path, SideLayout]] = []
         self.rejected = RejectedRows([layout.files.paths[0] for layout in layouts], max_rejects)
         self.signs: set[tuple[str, str]] = set()
 
-    def read(self, ordered_map: OrderedMap) -> None:
-        """Reads all files.
+    def read(self, ordered_map: OrderedMap, *, buckets: Buckets | None = None) -> None:
+        """Reads all files; those of users into `buckets`.
 
         Raises:
             UserError: a file is damaged, or too many rows cannot be used.
         """
         file_of_piece: list[int] = []
 
-        def tasks() -> Iterator[ItemTask]:
+        def tasks() -> Iterator[SideTask]:
             for file, layout in enumerate(self._layouts):
                 for piece in cut_pieces(layout.files, written=layout.written):
-                    self._pieces.append((self._work / f"items-{len(self._pieces):06d}.arrow", layout))
+                    spill = self._work / f"{layout.described}s-{len(self.pieces):06d}.arrow"
+                    self.pieces.append((spill, layout))
                     file_of_piece.append(file)
-                    yield ItemTask(piece=piece, layout=layout, spill=self._pieces[-1][0])
+                    yield SideTask(piece=piece, layout=layout, spill=spill, buckets=buckets)
 
-        for number, result in enumerate(ordered_map(read_item_piece, tasks())):
+        for number, result in enumerate(ordered_map(read_side_piece, tasks())):
             self.rejected.add(result.rejects, file=file_of_piece[number], num_rows=result.num_rows)
             self.signs |= result.signs
         self.rejected.check()
+
+
+class ItemTables(SideRows):
+    """What the item files say about items."""
 
     def unseen(self, seen: pl.Series) -> pl.Series:
         """The items of the files that are not among the `seen` ones, each once."""
@@ -154,10 +179,10 @@ class ItemTables:
             known = frame.join(items.alias("item").to_frame(), on="item", how="semi", maintain_order="left")
             for name, field in layout.fields.items():
                 slots = {f"slot{slot}": column for slot, column in enumerate(slot_columns(name, field))}
-                rows = known.select("item", time=pl.col("row") + (number << 40), **slots)
+                rows = known.select("item", time=pl.col("#row") + (number << 40), **slots)
                 totals[name].add(rows.filter(pl.col("slot0").is_not_null()))
         return {name: total.result() for name, total in totals.items()}
 
-    def _frames(self) -> Iterator[tuple[pl.DataFrame, ItemLayout]]:
-        for path, layout in self._pieces:
+    def _frames(self) -> Iterator[tuple[pl.DataFrame, SideLayout]]:
+        for path, layout in self.pieces:
             yield pl.DataFrame(pl.from_arrow(read_columns(path))), layout
