@@ -92,12 +92,12 @@ def some_people(users):
     }
 
 
-def check_people(dataset, people):
+def check_people(dataset, people, *, num_absent=0):
     """What user files say stands in every event of a user, and nothing in those of the user they lack."""
     found, fields = histories(dataset), list(next(iter(people.values())))
     assert {name for name, info in dataset.fields.items() if info.role == "context"} >= set(fields)
     assert dataset.counts["user_rows"] == len(people) and dataset.counts["users_undescribed"] == 1
-    assert dataset.counts["user_rows_rejected"] == dataset.counts["absent_user_fields"] == 0
+    assert (dataset.counts["user_rows_rejected"], dataset.counts["absent_user_fields"]) == (0, num_absent)
     for user, columns in found.items():
         for name in fields:
             nothing = 0 if dataset.fields[name].kind == "numeric" else None
@@ -195,7 +195,18 @@ def test_recbole(tmp_path):
     lines += [f"{u}\t{p['age']}\t{p['gender']}\t{p['occupation']}\t{p['zip_code']}" for u, p in people.items()]
     (tmp_path / "ml.user").write_bytes("\r\n".join(lines).encode())
     made = make(tmp_path, "recbole", "ml.inter", items="ml.item", users="ml.user")
-    check_people(made, people)
+    check_people(made, people, num_absent=2)
+    text = (
+        (tmp_path / "ml.user")
+        .read_text()
+        .replace("age:token", "age:float")
+        .replace("occupation:token", "occupation:float")
+    )
+    (tmp_path / "ml.user").write_text(text)
+    cdr = make(tmp_path, "recbole", "ml.inter", users="ml.user", name="cdr")
+    groups = {u: 1 + sum(edge <= int(p["age"]) for edge in (18, 25, 35, 45, 50, 56)) for u, p in people.items()}
+    of_cdr = {u: {"age_group": groups[u], "occupation_code": p["occupation"]} for u, p in people.items()}
+    check_people(cdr, of_cdr, num_absent=2)
     check_ratings(made, rows, user=lambda u: f"1m_{u}", item=lambda i: f'Film {i} "x"')
     assert side_of(made, "genre") == {f'Film {n} "x"': GENRES[n % 4].split("|") for n in range(1, 20)}
     assert side_of(made, "release_year")['Film 9 "x"'] == ["1969"]
