@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from megarec.base.files import sha256_of
+from megarec.cli.evaluation_report import draw_bars
 from megarec.cli.recommend import notes_on
 from megarec.data.dataset import open_dataset
+from megarec.inference.evaluate import Result
 from megarec.inference.requests import RawReader, Request
+from megarec.metrics.estimate import Estimate
+from megarec.metrics.protocol import Protocol
 from megarec.parallel.groups import ProcessInfo
 from tests.inference.synthetic import write_world
 from tests.ranks import run_ranks
@@ -167,6 +171,16 @@ def test_train_refuses_a_damaged_shard(
     error = capfd.readouterr().err
     assert "shard-000000.tar" in error
     assert "Traceback" not in error
+
+
+def test_a_row_may_be_called_as_mathematics_is(tmp_path: Path) -> None:
+    scores = {"mrr": Estimate(value=0.5, standard_error=0.1, count=4)}
+    draw_bars(
+        tmp_path / "bars.png",
+        [Result(name="r$A^$", protocol=Protocol(), split={}, counts={}, ranking=scores)],
+        metric="mrr",
+    )
+    assert (tmp_path / "bars.png").is_file()
 
 
 def test_the_settings_can_be_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
