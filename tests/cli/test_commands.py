@@ -204,6 +204,22 @@ def test_what_a_request_brings_in_vain_is_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("megarec-train", ["data=nowhere"]),
+        ("megarec-evaluate", ["data=nowhere", "model=nowhere"]),
+        ("megarec-recommend", ["bundle=nowhere"]),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert call(command, *arguments, "device=cuda") == 2
+    assert "device: torch sees no GPU on this machine. Set device=cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_every_key_means(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
