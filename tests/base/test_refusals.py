@@ -29,7 +29,7 @@ def outcome(body: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tup
     return int(ended.value.code or 0), printed
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
 def test_a_refused_path_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = outcome(fail(OSError(number, "No such luck", "some/where")), capsys)
     assert code == 2
