@@ -198,7 +198,7 @@ def open_trained(path: Path) -> Trained:
         dense=dense,
         tables=tables,
         step=checkpoint.step,
-        max_history_events=config.stream.max_history_events,
+        max_history_events=config.max_history_events,
         is_checkpoint=True,
         seed=config.seed,
         data=config.data,

@@ -202,6 +202,20 @@ def test_a_fault_is_seen(dataset: Dataset, fault: str) -> None:
     assert difference > 1e-6  # 2e-10 is what the test above lets pass
 
 
+@pytest.mark.parametrize(("layout", "num_candidates"), [("fused", 0), ("item_action", 0), ("item_action", 3)])
+def test_a_model_reads_the_histories_it_was_trained_on(dataset: Dataset, layout: str, num_candidates: int) -> None:
+    stream = {**STREAM, "candidates_per_window": num_candidates}
+    config = make_config(dataset.path, Path("nowhere"), model={**SMALL_HSTU, "token_layout": layout}, stream=stream)
+    packs = TrainStream(dataset, stream_config(config), lanes=[0])
+    longest = 0
+    for pack in (packs.next_step()[0] for _ in range(20)):
+        lengths = np.diff(pack.cu_seqlens)
+        asked = np.maximum(pack.num_candidates, 1) if config.model.keep_last_event else 0
+        longest = max(longest, int((lengths - asked).max()))
+    packs.close()
+    assert config.max_history_events == longest == 9 - max(num_candidates, layout != "fused")
+
+
 @pytest.mark.parametrize(("stride", "num_candidates"), [(10, 1), (5, 2), (3, 3), (2, 3)])
 def test_every_window_has_a_candidate(stride: int, num_candidates: int) -> None:
     rule = PackRule(num_events=64, max_targets=10, stride=stride, keep_last_event=True, candidates=num_candidates)

@@ -68,7 +68,13 @@ class EvaluationHook(Hook):
     def _write(self, trainer: Trainer, metrics: dict[str, Estimate]) -> None:
         config, values = trainer.config, {name: estimate.value for name, estimate in metrics.items()}
         errors = {name: e.standard_error for name, e in metrics.items() if not math.isnan(e.standard_error)}
-        record = {"step": trainer.step, "metrics": values, "standard_errors": errors, "protocol": config.protocol.label}
+        record = {
+            "step": trainer.step,
+            "metrics": values,
+            "standard_errors": errors,
+            "protocol": config.protocol.label,
+            "max_history_events": config.protocol.max_history_events or config.max_history_events,
+        }
         with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())

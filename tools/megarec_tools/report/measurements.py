@@ -200,7 +200,7 @@ def _rules_of_row(results: dict[str, Any], row: dict[str, Any]) -> Rules:
 def _rules_of_record(run: Run, record: dict[str, Any]) -> Rules:
     """The rules of a periodic evaluation: what its record says, and the settings of its run."""
     settings, stream = mapping(run.config.get("protocol")), mapping(run.config.get("stream"))
-    window = settings.get("max_history_events")
+    window = record.get("max_history_events", settings.get("max_history_events"))
     label = str(record.get("protocol", "default")).split(", ")
     return Rules(
         protocol=_comparable(label),
