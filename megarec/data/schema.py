@@ -15,7 +15,8 @@ from megarec.base.errors import UserError, nearest
 Role = Literal["item_side", "context", "feedback"]
 FieldKind = Literal["id", "categorical", "numeric", "flag"]
 
-RESERVED_NAMES = ("item", "user", "timestamp")
+RESERVED_NAMES = ("item", "user", "timestamp", "hash", "time", "draw", "users")  # make-shards has columns so called
+ITEM_COLUMNS = ("id", "raw", "count", "first_seen", "last_seen", "row")  # and beside item-side fields these
 MAX_QUANTILES = 1000
 MAX_SCHEMA_BYTES = 1 << 20
 
@@ -141,10 +142,10 @@ class Schema(FileFormat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.fields:
+        for name, described in self.fields.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
                 raise UserError(f"'{name}' is no field name", fix="Use letters, digits and underscores")
-            if name in RESERVED_NAMES:
+            if name in RESERVED_NAMES or (described.role == "item_side" and name in ITEM_COLUMNS):
                 raise UserError(f"the field name '{name}' is taken", fix="Choose another")
         for name in self.items.fields if self.items else ():
             if name not in self.fields or self.fields[name].role != "item_side":
@@ -296,7 +297,7 @@ def _find_column(sample: Mapping[str, list[Any]], names: tuple[str, ...]) -> str
 
 def _field_name(column: str) -> str:
     name = re.sub(r"\W", "_", column.split(":")[0], flags=re.ASCII)[:60]
-    return f"field_{name}" if not name or name[0].isdigit() or name in RESERVED_NAMES else name
+    return f"field_{name}" if not name or name[0].isdigit() or name in RESERVED_NAMES + ITEM_COLUMNS else name
 
 
 def _guess_field(column: str, values: list[Any]) -> FieldSchema | None:
