@@ -206,7 +206,7 @@ def _rules_of_record(run: Run, record: dict[str, Any]) -> Rules:
         protocol=_comparable(label),
         split="valid" if "split=valid" in label else "eval",
         window=_count(stream.get("max_history_events") if window is None else window),
-        max_users=_count(run.config.get("evaluate_users")) or 0,
+        max_users=_count(record.get("max_users", run.config.get("evaluate_users"))) or 0,
         data=dataset_name(run.config.get("data")),
     )
 
