@@ -11,9 +11,9 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
-# The system says no to a path as it was given: not a folder, not ours, read-only, too long.
+# The system says no to a path as it was given: not a folder, a file in its place, not ours, read-only, too long.
 _REFUSED_PATHS = frozenset(
-    {errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+    {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from megarec.base.errors import UserError
 
+MAX_DIGITS = 40
+
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
@@ -62,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *, what: str) -> Any:
     """Reads JSON; a missing or broken file is a `UserError` that calls the file `what`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except FileNotFoundError:
         raise UserError(f"no {what} here", where=str(path), fix="Check the path") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -81,7 +83,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=_integer)
         except (json.JSONDecodeError, RecursionError):
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int | float):
@@ -89,6 +91,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise UserError("not a record with a step", where=f"{path}, line {number}")
     return records
+
+
+def _integer(digits: str) -> int:
+    """An integer of JSON; one that no float can hold is none."""
+    if len(digits) > MAX_DIGITS:
+        raise json.JSONDecodeError("a number of too many digits", digits, 0)
+    return int(digits)
 
 
 def sha256_of(path: Path) -> str:

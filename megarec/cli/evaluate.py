@@ -117,11 +117,13 @@ def measure(config: EvaluateConfig) -> None:
         UserError: a model cannot be read, the models belong to different datasets or read histories of different
             lengths, or the dataset cannot serve the protocol.
     """
+    from megarec.base.device import require_device
     from megarec.cli.evaluation_report import print_tables, write_results
     from megarec.inference.baselines.oracle import read_oracle
     from megarec.inference.baselines.suite import fit_baselines
     from megarec.inference.evaluate import Result, evaluate
 
+    require_device(config.device)
     opened = {name: open_trained(Path(path)) for name, path in named(config.models).items()}
     dataset = dataset_of(opened.values(), config.data)
     protocol = protocol_of(opened.values(), config.protocol)
@@ -202,7 +204,7 @@ def open_trained(path: Path) -> Trained:
         dense=dense,
         tables=tables,
         step=checkpoint.step,
-        max_history_events=config.stream.max_history_events,
+        max_history_events=config.max_history_events,
         is_checkpoint=True,
         seed=config.seed,
         data=config.data,

@@ -64,7 +64,7 @@ def draw_bars(path: Path, results: Sequence[Result], *, metric: str) -> None:
     places = list(range(len(results)))[::-1]
     bars = axes.barh(places, values, xerr=errors, color="#4c78a8", ecolor="#555555", capsize=3, height=0.62)
     axes.bar_label(bars, [f"{value:.4f}" for value in values], padding=6)
-    axes.set_yticks(places, [result.name for result in results])
+    axes.set_yticks(places, [result.name.replace("$", r"\$") for result in results])  # no mathematics
     axes.set_xlim(0, max(v + e for v, e in zip(values, errors, strict=True)) * 1.18 or 1)
     axes.set_title(f"{metric}, with two standard errors", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

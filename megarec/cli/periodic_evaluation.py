@@ -45,5 +45,5 @@ class PeriodicEvaluation:
 def _protocol(trainer: Trainer) -> Protocol:
     protocol = trainer.config.protocol
     if protocol.max_history_events is None:
-        return replace(protocol, max_history_events=trainer.config.stream.max_history_events)
+        return replace(protocol, max_history_events=trainer.config.max_history_events)
     return protocol

@@ -70,9 +70,11 @@ def main() -> None:
 
 def recommend(config: RecommendConfig) -> None:
     """Answers every request; says on standard error what was unknown."""
+    from megarec.base.device import require_device
     from megarec.inference.bundle import open_bundle
     from megarec.inference.recommend import Recommender
 
+    require_device(config.device)
     bundle = open_bundle(Path(config.bundle))
     recommender = Recommender(bundle, device=config.device)
     answers = _answer_file(config, recommender) if config.user is None else _answer_user(config, bundle, recommender)

@@ -23,11 +23,13 @@ def main() -> None:
 
 
 def _work(config: TrainConfig) -> None:
+    from megarec.base.device import require_device
     from megarec.cli.periodic_evaluation import PeriodicEvaluation
     from megarec.train.run import train
 
     if config.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    require_device(config.device)
     train(config, read_process_info(), PeriodicEvaluation())
 
 

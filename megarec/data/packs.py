@@ -136,7 +136,8 @@ def cut_windows(block: Block, *, epoch: int, number: int, rule: PackRule) -> tup
     older = np.maximum(num_targets - rule.max_targets, 0)
     num_windows = np.minimum(num_targets, 1)
     if rule.stride:
-        num_left = np.maximum(num_targets - (rule.candidates or rule.max_targets), 0)
+        asked_by_newest = max(rule.candidates, rule.stride) if rule.candidates else rule.max_targets
+        num_left = np.maximum(num_targets - asked_by_newest, 0)
         num_windows += -(-num_left // rule.stride)
     owner = np.repeat(np.arange(len(num_events)), num_windows)
     window = segment_positions(num_windows)

@@ -16,7 +16,8 @@ Role = Literal["item_side", "context", "feedback"]
 Described = Literal["item", "user"]
 FieldKind = Literal["id", "categorical", "numeric", "flag"]
 
-RESERVED_NAMES = ("item", "user", "timestamp", "time", "hash")
+RESERVED_NAMES = ("item", "user", "timestamp", "time", "hash", "users")  # make-shards has columns so called
+ITEM_COLUMNS = ("id", "raw", "count", "first_seen", "last_seen")  # and items.parquet these, beside item-side fields
 MAX_QUANTILES = 1000
 MAX_SCHEMA_BYTES = 1 << 20
 
@@ -178,10 +179,10 @@ class Schema(FileFormat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.fields:
+        for name, field_schema in self.fields.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
                 raise UserError(f"'{name}' is no field name", fix="Use letters, digits and underscores")
-            if name in RESERVED_NAMES:
+            if name in RESERVED_NAMES or (field_schema.role == "item_side" and name in ITEM_COLUMNS):
                 raise UserError(f"the field name '{name}' is taken", fix="Choose another")
         for described, files in self.side_files().items():
             role, called = ("item_side", "item-side") if described == "item" else ("context", "context")
@@ -350,7 +351,7 @@ def _find_column(sample: Mapping[str, list[Any]], names: tuple[str, ...]) -> str
 
 def _field_name(column: str) -> str:
     name = re.sub(r"\W", "_", column.split(":")[0], flags=re.ASCII)[:60]
-    return f"field_{name}" if not name or name[0].isdigit() or name in RESERVED_NAMES else name
+    return f"field_{name}" if not name or name[0].isdigit() or name in RESERVED_NAMES + ITEM_COLUMNS else name
 
 
 def _guess_field(column: str, values: list[Any]) -> FieldSchema | None:

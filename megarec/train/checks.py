@@ -2,6 +2,7 @@
 
 from megarec.base.errors import UserError, nearest
 from megarec.data.dataset import Dataset
+from megarec.data.stream import StreamConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.shape import input_shape
 from megarec.parallel.layout import LayoutConfig
@@ -13,6 +14,7 @@ ALIGNMENT = 16
 def check_run(config: TrainConfig, *, world: int) -> None:
     """Refuses what the configuration alone rules out, before any process group is made."""
     check_layout(config.layout)
+    check_stream(config)
     check_lanes(config, world=world)
     check_pack_size(config)
     check_positions(config)
@@ -28,6 +30,20 @@ def check_layout(layout: LayoutConfig) -> None:
             where="layout",
             fix="Set tensor=pipeline=context=1; more processes are more data-parallel replicas",
         )
+
+
+def check_stream(config: TrainConfig) -> None:
+    """What the stream is told by the model and by the run's seed cannot be set beside them."""
+    told = {
+        "tokens_per_event": ("model.token_layout", config.model.tokens_per_event),
+        "prefix_tokens": ("model.prefix_fields", config.model.num_prefix_tokens),
+        "keep_last_event": ("model.token_layout", config.model.keep_last_event),
+        "seed": ("seed", config.seed),
+    }
+    for name, (key, value) in told.items():
+        found = getattr(config.stream, name)
+        if found not in (value, getattr(StreamConfig, name)):
+            raise UserError(f"{found} would not count, {key} decides", where=f"stream.{name}", fix=f"Set {key} alone")
 
 
 def check_lanes(config: TrainConfig, *, world: int) -> None:

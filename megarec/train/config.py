@@ -106,6 +106,12 @@ class TrainConfig:
     tables: TableConfig = field(default_factory=TableConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def max_history_events(self) -> int:
+        """The longest history that training asks about: what a window holds besides the events that come next."""
+        asked = max(1, self.stream.candidates_per_window) if self.model.keep_last_event else 0
+        return self.stream.max_history_events - asked
+
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every_steps"):
             if getattr(self, name) < 1:

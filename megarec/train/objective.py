@@ -43,7 +43,7 @@ class Objective:
         if config.next_item != "none":
             weights = {NEXT_ITEM: config.next_item_weight, **weights}
         self.names = tuple(weights)
-        if not weights:
+        if not any(weights.values()):
             fix = "Set objective.next_item=sampled, or objective.feedback_weight and model.feedback_heads"
             raise UserError("nothing is learned: no next item and no feedback", where="objective", fix=fix)
         self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)

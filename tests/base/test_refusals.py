@@ -11,7 +11,7 @@ import pytest
 
 from megarec.base.config import build
 from megarec.base.errors import UserError, run_command
-from megarec.base.files import new_directory, read_json
+from megarec.base.files import new_directory, read_json, read_records
 
 
 def fail(error: BaseException) -> Callable[[], None]:
@@ -29,7 +29,7 @@ def outcome(body: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tup
     return int(ended.value.code or 0), printed
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
 def test_a_refused_path_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = outcome(fail(OSError(number, "No such luck", "some/where")), capsys)
     assert code == 2
@@ -68,6 +68,17 @@ class Settings:
 def test_a_setting_is_a_finite_number(value: object) -> None:
     with pytest.raises(UserError, match="rate: expected a finite number"):
         build(Settings, {"rate": value})
+
+
+@pytest.mark.parametrize("num_digits", [400, 5000])  # more than a float holds, more than Python reads
+def test_json_of_somebody_else_has_no_endless_numbers(tmp_path: Path, num_digits: int) -> None:
+    number = "1" + "0" * num_digits
+    (tmp_path / "a.json").write_text(f'{{"seed": {10**30}, "loss": {number}}}')
+    with pytest.raises(UserError, match="too many digits"):
+        read_json(tmp_path / "a.json", what="evaluation")
+    (tmp_path / "a.jsonl").write_text(f'{{"step": 1, "loss": {number}}}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match="line 1: not a record"):
+        read_records(tmp_path / "a.jsonl")
 
 
 def test_numbers_as_yaml_reads_them() -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from megarec.base.files import sha256_of
+from megarec.cli.evaluation_report import draw_bars
 from megarec.cli.recommend import notes_on
 from megarec.data.dataset import open_dataset
+from megarec.inference.evaluate import Result
 from megarec.inference.requests import RawReader, Request
+from megarec.metrics.estimate import Estimate
+from megarec.metrics.protocol import Protocol
 from megarec.parallel.groups import ProcessInfo
 from tests.inference.synthetic import write_world
 from tests.ranks import run_ranks
@@ -78,6 +82,10 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
         (["precision=fp4"], "precision: 'fp4' is not allowed"),
         (["model.block.num_heads=5"], "width 64 is not a multiple of num_heads 5"),
         (["stream.tokens_per_pack=1000"], "stream.tokens_per_pack: 1000 is not a multiple of 16"),
+        (["stream.seed=5"], "stream.seed: 5 would not count, seed decides. Set seed alone"),
+        (["stream.tokens_per_event=2"], "stream.tokens_per_event: 2 would not count, model.token_layout decides"),
+        (["stream.keep_last_event=true"], "stream.keep_last_event: True would not count, model.token_layout decides"),
+        (["stream.prefix_tokens=3"], "stream.prefix_tokens: 3 would not count, model.prefix_fields decides"),
         (["layout.tensor=2"], "one replica is one rank in this version"),
         (["stream.max_history_events=4096"], "windows of 4096 events do not fit 512 positions"),
         (["checkpoint.keep_best=ndcg@10"], "nothing measures 'ndcg@10'. Set evaluate_every_steps"),
@@ -169,6 +177,16 @@ def test_train_refuses_a_damaged_shard(
     assert "Traceback" not in error
 
 
+def test_a_row_may_be_called_as_mathematics_is(tmp_path: Path) -> None:
+    scores = {"mrr": Estimate(value=0.5, standard_error=0.1, count=4)}
+    draw_bars(
+        tmp_path / "bars.png",
+        [Result(name="r$A^$", protocol=Protocol(), split={}, counts={}, ranking=scores)],
+        metric="mrr",
+    )
+    assert (tmp_path / "bars.png").is_file()
+
+
 def test_the_settings_can_be_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("megarec-train", "data=somewhere", "experiment=quickstart", "model.dropout=0.3", "--show-config") == 0
     shown = capsys.readouterr().out
@@ -184,6 +202,22 @@ def test_what_a_request_brings_in_vain_is_said(tmp_path: Path) -> None:
         "1 values of 'item' are not in the vocabulary",
         "'devise' is no column of the log (1 times). Did you mean 'device'?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("megarec-train", ["data=nowhere"]),
+        ("megarec-evaluate", ["data=nowhere", "model=nowhere"]),
+        ("megarec-recommend", ["bundle=nowhere"]),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert call(command, *arguments, "device=cuda") == 2
+    assert "device: torch sees no GPU on this machine. Set device=cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

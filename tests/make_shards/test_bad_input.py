@@ -310,3 +310,23 @@ def test_bytes_that_are_no_log(attempt, name):
 def test_no_item_is_frequent_enough(attempt):
     code, line, _ = attempt(HEADER + rows(), "min_item_count=100")
     assert code == 2 and "no item has min_item_count=100 events" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("time", "context"), ("hash", "context"), ("draw", "context"), ("users", "context"), ("count", "item_side")],
+)
+def test_a_field_cannot_be_called_as_a_column_of_the_shards_is(attempt, name, role):
+    fields = {name: {"column": "place", "role": role, "kind": "categorical"}}
+    text = "user,item,time,place\n" + rows().replace("\n", ",home\n")
+    code, line, _ = attempt(text, "equal_times=shuffle", schema={"fields": fields})
+    assert code == 2
+    assert f"the field name '{name}' is taken. Choose another" in line
+
+
+def test_infer_calls_such_a_field_otherwise(attempt):
+    code, _, out = attempt(
+        "user,item,timestamp,time\n" + rows().replace("\n", ",noon\n"), "schema=infer", "approve=true"
+    )
+    assert not code
+    assert "field_time:" in out

@@ -137,6 +137,10 @@ def test_the_filters_say_what_they_cannot_do(tmp_path):
     for options in ({"rare_items": "drop"}, {"min_user_events": 2}):
         with pytest.raises(UserError, match="after the cut"):
             make(tmp_path, split=SplitConfig(rule="global_time", cut="100"), **options)
+    with pytest.raises(UserError, match="rare_items=drop drops nothing"):
+        make(tmp_path, rare_items="drop")
+    with pytest.raises(UserError, match="user_holdout has a fraction"):
+        SplitConfig(fraction=0.2)
     assert not (tmp_path / "made").exists()
 
 

@@ -128,6 +128,15 @@ def test_different_rules_never_share_a_table(tmp_path: Path, fault: str) -> None
     assert len({(table.title, *table.notes) for table in tables}) == 2
 
 
+def test_a_periodic_evaluation_says_its_window(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", ndcg={50: 0.2})
+    records = run / "evaluations.jsonl"
+    records.write_text(records.read_text().replace('"protocol"', '"max_history_events": 24, "protocol"'))
+    write_evaluation(tmp_path / "x", [result_row("MostPop", 0.0625, protocol=replace(PROTOCOL, max_history_events=24))])
+    (table,) = results_of(run, evaluations=(tmp_path / "x",))
+    assert [row[0] for row in table.rows] == ["a", "MostPop"]
+
+
 def test_other_metrics_are_no_other_rules(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", ndcg={50: 0.2}, protocol=PROTOCOLS["hstu_public"])
     write_evaluation(tmp_path / "x", [result_row("MostPop", 0.0625)])

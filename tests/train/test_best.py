@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megarec.checkpoint.manifest import read_pointer
 from megarec.metrics.estimate import Estimate
 from megarec.parallel.groups import ProcessInfo
@@ -56,7 +58,15 @@ def test_the_highest_metric_wins_and_is_remembered(tmp_path: Path) -> None:
     assert kept == ["step-00000004", "step-00000010"]
 
 
-def test_what_another_protocol_measured_does_not_compare(tmp_path: Path) -> None:
+RULES: list[dict[str, Any]] = [
+    {"protocol": {"filter_seen": "full"}},
+    {"protocol": {"max_history_events": 5}},
+    {"evaluate_users": 9},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_what_was_measured_by_other_rules_does_not_compare(tmp_path: Path, rules: dict[str, Any]) -> None:
     write_world(tmp_path / "data", num_users=60)
     assert best_of_run(tmp_path, num_steps=6) == "step-00000004"
-    assert best_of_run(tmp_path, num_steps=14, protocol={"filter_seen": "full"}) == "step-00000010"
+    assert best_of_run(tmp_path, num_steps=14, **rules) == "step-00000010"

@@ -259,7 +259,8 @@ def test_one_exchange_serves_all_packs(dataset: Dataset) -> None:
             assert torch.equal(pieces[part], pack.rows[part] * 10)
 
 
-def test_a_run_that_learns_nothing_is_refused(dataset: Dataset) -> None:
+@pytest.mark.parametrize("weights", [{"next_item": "none"}, {"next_item_weight": 0.0}], ids=["off", "weightless"])
+def test_a_run_that_learns_nothing_is_refused(dataset: Dataset, weights: dict[str, Any]) -> None:
     world = World(dataset, OBJECTIVES["feedback alone"], {**SMALL_ARGUS, "feedback_heads": []})
     with pytest.raises(UserError, match="nothing is learned"):
-        Objective(world.model, world.objective, world.shape.feedback_heads, device=torch.device("cpu"))
+        Objective(world.model, ObjectiveConfig(**weights), world.shape.feedback_heads, device=torch.device("cpu"))

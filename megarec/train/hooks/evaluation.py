@@ -13,6 +13,7 @@ from megarec.checkpoint.save import CheckpointWriter
 from megarec.metrics.estimate import Estimate
 from megarec.parallel.broadcast import broadcast_object, gather_objects
 from megarec.train import state
+from megarec.train.config import TrainConfig
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.logging import keep_until
 from megarec.train.step import StepResult
@@ -48,8 +49,9 @@ class EvaluationHook(Hook):
             keep_until(path, trainer.step)
             if metric:
                 # what other rules measured does not compare
-                label = trainer.config.protocol.label
-                done = [record["metrics"] for record in read_records(path) if record.get("protocol") == label]
+                rules = _rules(trainer.config).items()
+                records = read_records(path)
+                done = [r["metrics"] for r in records if all(r.get(key, value) == value for key, value in rules)]
                 self._best = max((metrics.get(metric, self._best) for metrics in done), default=self._best)
         self._best = broadcast_object(self._best, trainer.groups.world)
 
@@ -68,7 +70,12 @@ class EvaluationHook(Hook):
     def _write(self, trainer: Trainer, metrics: dict[str, Estimate]) -> None:
         config, values = trainer.config, {name: estimate.value for name, estimate in metrics.items()}
         errors = {name: e.standard_error for name, e in metrics.items() if not math.isnan(e.standard_error)}
-        record = {"step": trainer.step, "metrics": values, "standard_errors": errors, "protocol": config.protocol.label}
+        record = {
+            "step": trainer.step,
+            "metrics": values,
+            "standard_errors": errors,
+            **_rules(config),
+        }
         with (self._run_dir / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -87,3 +94,12 @@ class EvaluationHook(Hook):
             if self._writer.newest_step != trainer.step:
                 state.save(self._writer, trainer)
             self._writer.mark_best(trainer.step)
+
+
+def _rules(config: TrainConfig) -> dict[str, Any]:
+    """What an evaluation was asked: numbers under other rules do not compare."""
+    return {
+        "protocol": config.protocol.label,
+        "max_history_events": config.protocol.max_history_events or config.max_history_events,
+        "max_users": config.evaluate_users,
+    }

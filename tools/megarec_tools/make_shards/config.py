@@ -46,6 +46,8 @@ class SplitConfig:
             raise UserError("is set", where="validation_users", fix=fix)
         if not 0 < self.fraction < 1:
             raise UserError(f"{self.fraction} is not between 0 and 1", where="fraction")
+        if self.fraction != SplitConfig.fraction and self.rule != "user_holdout":
+            raise UserError("is set", where="fraction", fix="Only split.rule=user_holdout has a fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ class MakeShardsConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        if self.rare_items == "drop" and self.min_item_count == 1 and self.split.rule != "global_time":
+            raise UserError("rare_items=drop drops nothing: min_item_count is 1", fix="Set min_item_count=5")
         if self.split.rule == "global_time" and (self.rare_items == "drop" or self.min_user_events > 1):
             key = "min_user_events" if self.min_user_events > 1 else "rare_items=drop"
             raise UserError(f"{key} would count events after the cut", fix="split.rule=global_time takes neither")

@@ -200,13 +200,13 @@ def _rules_of_row(results: dict[str, Any], row: dict[str, Any]) -> Rules:
 def _rules_of_record(run: Run, record: dict[str, Any]) -> Rules:
     """The rules of a periodic evaluation: what its record says, and the settings of its run."""
     settings, stream = mapping(run.config.get("protocol")), mapping(run.config.get("stream"))
-    window = settings.get("max_history_events")
+    window = record.get("max_history_events", settings.get("max_history_events"))
     label = str(record.get("protocol", "default")).split(", ")
     return Rules(
         protocol=_comparable(label),
         split="valid" if "split=valid" in label else "eval",
         window=_count(stream.get("max_history_events") if window is None else window),
-        max_users=_count(run.config.get("evaluate_users")) or 0,
+        max_users=_count(record.get("max_users", run.config.get("evaluate_users"))) or 0,
         data=dataset_name(run.config.get("data")),
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megarec.data.dataset import Dataset, open_dataset
-from megarec.data.packs import Pack
+from megarec.data.packs import Pack, PackRule, cut_windows
 from megarec.data.stream import TrainStream
 from megarec.models.inputs import Events
 from megarec.models.registry import build_model
@@ -25,6 +25,7 @@ from megarec.train.checks import check_run
 from megarec.train.config import TrainConfig
 from megarec.train.objective import Objective
 from megarec.train.trainer import stream_config
+from tests.data.small_datasets import make_block
 from tests.inference.synthetic import write_world
 from tests.train.runs import SMALL_ARGUS, SMALL_HSTU, make_config
 
@@ -199,3 +200,29 @@ def test_a_fault_is_seen(dataset: Dataset, fault: str) -> None:
     wrong = world.losses(batch)[1]
     difference = max(float((right[head] - wrong[head]).abs()) for head in world.shape.feedback_heads)
     assert difference > 1e-6  # 2e-10 is what the test above lets pass
+
+
+@pytest.mark.parametrize(("layout", "num_candidates"), [("fused", 0), ("item_action", 0), ("item_action", 3)])
+def test_a_model_reads_the_histories_it_was_trained_on(dataset: Dataset, layout: str, num_candidates: int) -> None:
+    stream = {**STREAM, "candidates_per_window": num_candidates}
+    config = make_config(dataset.path, Path("nowhere"), model={**SMALL_HSTU, "token_layout": layout}, stream=stream)
+    packs = TrainStream(dataset, stream_config(config), lanes=[0])
+    longest = 0
+    for pack in (packs.next_step()[0] for _ in range(20)):
+        lengths = np.diff(pack.cu_seqlens)
+        asked = np.maximum(pack.num_candidates, 1) if config.model.keep_last_event else 0
+        longest = max(longest, int((lengths - asked).max()))
+    packs.close()
+    assert config.max_history_events == longest == 9 - max(num_candidates, layout != "fused")
+
+
+@pytest.mark.parametrize(("stride", "num_candidates"), [(10, 1), (5, 2), (3, 3), (2, 3)])
+def test_every_window_has_a_candidate(stride: int, num_candidates: int) -> None:
+    rule = PackRule(num_events=64, max_targets=10, stride=stride, keep_last_event=True, candidates=num_candidates)
+    lengths = np.arange(1, 40)
+    windows, _ = cut_windows(make_block(lengths.tolist(), first_user=0), epoch=0, number=0, rule=rule)
+    assert windows.num_targets.min() >= 1
+    for user, length in enumerate(lengths.tolist()):
+        ends = length - 1 - stride * windows.reference[windows.reference[:, 2] == user, 3]
+        assert ends.tolist() == list(range(length - 1, 0, -stride))[: len(ends)]
+        assert length < 2 or ends[-1] <= max(stride, num_candidates)  # the next one would have nothing new
