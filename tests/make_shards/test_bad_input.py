@@ -314,7 +314,7 @@ def test_no_item_is_frequent_enough(attempt):
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [("time", "context"), ("hash", "context"), ("draw", "context"), ("users", "context"), ("count", "item_side")],
+    [("time", "context"), ("hash", "context"), ("users", "context"), ("count", "item_side")],
 )
 def test_a_field_cannot_be_called_as_a_column_of_the_shards_is(attempt, name, role):
     fields = {name: {"column": "place", "role": role, "kind": "categorical"}}
