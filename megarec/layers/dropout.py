@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megarec.base.random import derive_key
 from megarec.base.random_torch import keep_mask_torch
+from megarec.parallel.slices import Slices
 
 GRAIN = 65536  # the mask draws 16 bits per channel
 
@@ -24,26 +25,35 @@ class Randomness:
     key: int
     token: Tensor
 
+    def of(self, slices: Slices) -> "Randomness":
+        """What this rank's slice of the tokens draws from."""
+        return self if slices.count == 1 else Randomness(key=self.key, token=slices.own(self.token))
+
 
 class Dropout(nn.Module):
     """Sets channels to zero with the given probability and divides the others by what is left.
 
     The mask depends on (key, layer, site, token number, channel) alone: any slice of the tokens gets its part of
-    the same mask. The probability is rounded to a multiple of 2^-16, and so is the divisor.
+    the same mask, and so does `part` of `num_parts` equal parts of the channels. The probability is rounded to a
+    multiple of 2^-16, and so is the divisor.
     """
 
-    def __init__(self, probability: float, *, layer: int, site: str) -> None:
+    def __init__(self, probability: float, *, layer: int, site: str, part: int = 0, num_parts: int = 1) -> None:
         super().__init__()
         self.probability = round(probability * GRAIN) / GRAIN
         self.layer = layer
         self.site = site
+        self.part = part
+        self.num_parts = num_parts
 
     def forward(self, x: Tensor, randomness: Randomness | None) -> Tensor:
         """`[T, C]` to `[T, C]`; without randomness (evaluation) it returns `x`."""
         if randomness is None or self.probability == 0.0:
             return x
         key = derive_key(randomness.key, "dropout", self.layer, self.site)
-        keep = keep_mask_torch(key, randomness.token, x.shape[1], self.probability)
+        width = x.shape[1]
+        keep = keep_mask_torch(key, randomness.token, width * self.num_parts, self.probability)
+        keep = keep[:, self.part * width : (self.part + 1) * width]
         return x * keep / (1.0 - self.probability)
 
 
@@ -53,18 +63,18 @@ class AttentionDropout(nn.Module):
     The mask depends on (key, layer, head, token number of the query, place of the key in its history) alone.
     """
 
-    def __init__(self, probability: float, *, layer: int, num_heads: int, max_tokens: int) -> None:
+    def __init__(self, probability: float, *, layer: int, heads: range, max_tokens: int) -> None:
         super().__init__()
         self.probability = round(probability * GRAIN) / GRAIN
         self.layer = layer
-        self.num_heads = num_heads
+        self.heads = heads
         self.max_tokens = max_tokens
 
     def forward(self, randomness: Randomness | None) -> Callable[[Tensor, int], Tensor] | None:
         """What `softmax_attention` takes as `weigh`; None when nothing is dropped."""
         if randomness is None or self.probability == 0.0:
             return None
-        numbers, keys = randomness.token, [self._key(randomness, head) for head in range(self.num_heads)]
+        numbers, keys = randomness.token, [self._key(randomness, head) for head in self.heads]
 
         def weigh(query: Tensor, num_keys: int) -> Tensor:
             token = numbers[query]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig
 from megarec.layers.dropout import Dropout
-from megarec.layers.norm import HeadNorm, LayerNorm
+from megarec.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm
 from megarec.layers.tokens import Tokens
 from megarec.parallel.parts import Parts, whole_parameter
 from megarec.parallel.placement import Init
@@ -36,24 +36,25 @@ class HstuBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.enter_heads = parts.enter_heads
         self.local_heads = config.num_heads // parts.tp_size
         self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
         uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
         value_width = config.num_heads * config.v_head_width
         out_width = value_width * (1 if config.concat == "none" else 3)
         bias_init, eps = Init(kind="normal", std=0.02), config.norm_eps
-        self.norm = LayerNorm(width, affine=config.input_norm_affine, eps=eps)
+        self.norm = LayerNorm(width, affine=config.input_norm_affine, eps=eps, sum_over=parts.between_maps)
         self.uvqk = parts.column_linear(width, uvqk_width, bias=config.uvqk_bias, std=0.02)
-        self.position_bias = whole_parameter((max_tokens,), bias_init) if config.position_bias else None
+        self.position_bias = (
+            whole_parameter((max_tokens,), bias_init, sum_over=("tp",)) if config.position_bias else None
+        )
         num_buckets = config.num_time_buckets
-        self.time_bias = whole_parameter((num_buckets + 1,), bias_init) if num_buckets else None
+        self.time_bias = whole_parameter((num_buckets + 1,), bias_init, sum_over=("tp",)) if num_buckets else None
         self.output_norm: nn.Module
         if config.output_norm == "all_heads":
-            self.output_norm = LayerNorm(value_width, affine=config.output_norm_affine, eps=eps)
+            self.output_norm = AllHeadsNorm(value_width, affine=config.output_norm_affine, eps=eps, parts=parts)
         else:
             self.output_norm = HeadNorm(config.num_heads, affine=config.output_norm_affine, eps=eps, parts=parts)
-        self.dropout = Dropout(dropout, layer=layer, site="output")
+        self.dropout = Dropout(dropout, layer=layer, site="output", part=parts.tp_rank, num_parts=parts.tp_size)
         out_std = (2.0 / (out_width + width)) ** 0.5
         bound = out_width**-0.5
         self.out = parts.row_linear(out_width, width, bias=config.output_bias, std=out_std, bias_bound=bound)
@@ -65,7 +66,7 @@ class HstuBlock(nn.Module):
         if config.silu_on == "uvqk":
             uvqk = F.silu(uvqk)
         v_width, qk_width = config.v_head_width, config.qk_head_width
-        u, v, q, k = uvqk.view(x.shape[0], self.local_heads, -1).split([v_width, v_width, qk_width, qk_width], dim=2)
+        u, v, q, k = uvqk.view(len(uvqk), self.local_heads, -1).split([v_width, v_width, qk_width, qk_width], dim=2)
         if config.silu_on == "u":
             u = F.silu(u)
         attention = self._attend(q, k, v, tokens)
@@ -84,8 +85,8 @@ class HstuBlock(nn.Module):
             tokens.cu_seqlens,
             scale=self.scale,
             divisor=self.config.scaling_events,
-            position_bias=None if self.position_bias is None else self.enter_heads(self.position_bias),
-            time_bias=None if self.time_bias is None else self.enter_heads(self.time_bias),
+            position_bias=self.position_bias,
+            time_bias=self.time_bias,
             plan=tokens.plan,
             time_buckets=tokens.time_buckets,
             visibility=tokens.visibility,

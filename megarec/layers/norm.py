@@ -11,16 +11,40 @@ from megarec.parallel.placement import Init
 class LayerNorm(nn.Module):
     """`(x - mean) / sqrt(variance + eps)` over the last dimension, then a learned scale and shift if `affine`."""
 
-    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-6, sum_over: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.width = width
         self.eps = eps
-        self.scale = whole_parameter((width,), Init(value=1.0)) if affine else None
-        self.shift = whole_parameter((width,), Init()) if affine else None
+        self.scale = whole_parameter((width,), Init(value=1.0), sum_over=sum_over) if affine else None
+        self.shift = whole_parameter((width,), Init(), sum_over=sum_over) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, width]` to `[*, width]`."""
         return F.layer_norm(x, (self.width,), self.scale, self.shift, self.eps)
+
+
+class AllHeadsNorm(nn.Module):
+    """`LayerNorm` over the channels of all heads, of which this rank has some: two sums over ranks a token."""
+
+    def __init__(self, width: int, *, affine: bool, eps: float, parts: Parts) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.sum_over_heads = parts.sum_over_heads
+        self.own = parts.own_part(width)
+        self.scale = whole_parameter((width,), Init(value=1.0), sum_over=("tp",)) if affine else None
+        self.shift = whole_parameter((width,), Init(), sum_over=("tp",)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T, local_width]` to `[T, local_width]`."""
+        scale, shift = (None if weight is None else weight[self.own] for weight in (self.scale, self.shift))
+        if x.shape[1] == self.width:
+            return F.layer_norm(x, (self.width,), scale, shift, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - self.sum_over_heads(wide.sum(1, keepdim=True)) / self.width
+        variance = self.sum_over_heads(centred.square().sum(1, keepdim=True)) / self.width
+        normed = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        return normed if scale is None or shift is None else normed * scale + shift
 
 
 class HeadNorm(nn.Module):
@@ -32,19 +56,16 @@ class HeadNorm(nn.Module):
     def __init__(self, num_heads: int, *, affine: bool, eps: float, parts: Parts) -> None:
         super().__init__()
         self.eps = eps
-        self.enter_heads = parts.enter_heads
-        local_heads = num_heads // parts.tp_size
-        self.own = slice(parts.tp_rank * local_heads, (parts.tp_rank + 1) * local_heads)
-        self.scale = whole_parameter((num_heads,), Init(value=1.0)) if affine else None
-        self.shift = whole_parameter((num_heads,), Init()) if affine else None
+        self.own = parts.own_part(num_heads)
+        self.scale = whole_parameter((num_heads,), Init(value=1.0), sum_over=("tp",)) if affine else None
+        self.shift = whole_parameter((num_heads,), Init(), sum_over=("tp",)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, local_N, H]` to `[T, local_N, H]`."""
         normed = F.layer_norm(x, x.shape[2:], eps=self.eps)
         if self.scale is None or self.shift is None:
             return normed
-        scale, shift = (self.enter_heads(weight)[self.own, None] for weight in (self.scale, self.shift))
-        return normed * scale + shift
+        return normed * self.scale[self.own, None] + self.shift[self.own, None]
 
 
 class SwishNorm(nn.Module):

@@ -46,10 +46,10 @@ class SasrecBlock(nn.Module):
         self.key_value = parts.column_linear(width, 2 * width, bias=True, std=input_std)
         self.attention_out = parts.row_linear(width, width, bias=True, std=width**-0.5)
         self.attention_dropout = AttentionDropout(
-            dropout, layer=layer, num_heads=self.local_heads, max_tokens=max_tokens
+            dropout, layer=layer, heads=range(config.num_heads)[parts.own_part(config.num_heads)], max_tokens=max_tokens
         )
         self.up = parts.column_linear(width, hidden, bias=True, std=hidden_std, bias_bound=width**-0.5)
-        self.hidden_dropout = Dropout(dropout, layer=layer, site="hidden")
+        self.hidden_dropout = Dropout(dropout, layer=layer, site="hidden", part=parts.tp_rank, num_parts=parts.tp_size)
         self.down = parts.row_linear(hidden, width, bias=True, std=hidden_std, bias_bound=hidden**-0.5)
         self.output_dropout = Dropout(dropout, layer=layer, site="output")
 
@@ -70,4 +70,4 @@ class SasrecBlock(nn.Module):
         )
         y = self.norm(normed + self.attention_out(attention.flatten(1)))
         hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.randomness)
-        return y + self.output_dropout(self.down(hidden), tokens.randomness)
+        return y + self.output_dropout(self.down(hidden), tokens.outer_randomness)

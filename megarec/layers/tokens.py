@@ -10,6 +10,7 @@ from megarec_kernels.visibility import Visibility, candidate_suffix
 from torch import Tensor
 
 from megarec.layers.dropout import Randomness
+from megarec.parallel.slices import Slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Tokens:
         timestamp: `[T]` int64, seconds.
         query_timestamp: `[T]` int64, the time at which the state of the token is asked: the next token's.
         randomness: of dropout, by token.
+        outer_randomness: the same for those tokens that this rank has between the split maps of a block.
         plan: how attention cuts the histories into tiles; made once for all blocks.
         time_buckets: the bucket of the time between any two tokens, for blocks with a time bias.
         visibility: which earlier tokens a token sees; None: all of its history.
@@ -31,6 +33,7 @@ class Tokens:
     timestamp: Tensor
     query_timestamp: Tensor
     randomness: Randomness | None
+    outer_randomness: Randomness | None
     plan: TilePlan
     time_buckets: TimeBuckets | None = None
     visibility: Visibility | None = None
@@ -120,6 +123,7 @@ def split_events(
         timestamp=times[0],
         query_timestamp=times[1],
         randomness=randomness,
+        outer_randomness=randomness,
         plan=plan_tiles(cu_tokens),
         visibility=visibility,
         places=places,
@@ -136,9 +140,8 @@ def token_of_event(states: Tensor, per_event: int, number: int) -> Tensor:
     return states.view(-1, per_event, states.shape[1])[:, number]
 
 
-def next_event(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Row t of `[T, D]` becomes row t + 1 where both are of one history, else zero."""
-    following = torch.cat([x[1:], torch.zeros_like(x[:1])])
-    index = torch.arange(1, x.shape[0] + 1, device=x.device)
+def next_event(x: Tensor, cu_seqlens: Tensor, slices: Slices) -> Tensor:
+    """Row t of `[T, D]` becomes row t + 1 where both are of one history, else zero; `x` is this rank's slice."""
+    index = torch.arange(1, x.shape[0] + 1, device=x.device) + slices.index * x.shape[0]
     same_history = (index < cu_seqlens[-1]) & ~torch.isin(index, cu_seqlens)
-    return following * same_history.unsqueeze(1)
+    return slices.next_row(x) * same_history.unsqueeze(1)

@@ -36,11 +36,11 @@ class TransformerBlock(nn.Module):
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         hidden, std, out_std = config.feed_forward_multiple * width, 0.02, 0.02 / (2 * num_layers) ** 0.5
-        self.attention_norm = LayerNorm(width)
+        self.attention_norm = LayerNorm(width, sum_over=parts.between_maps)
         self.qkv = parts.column_linear(width, 3 * width, bias=config.bias, std=std)
         self.attention_out = parts.row_linear(width, width, bias=config.bias, std=out_std)
         self.attention_dropout = Dropout(dropout, layer=layer, site="attention")
-        self.feed_forward_norm = LayerNorm(width)
+        self.feed_forward_norm = LayerNorm(width, sum_over=parts.between_maps)
         self.up = parts.column_linear(width, hidden, bias=config.bias, std=std)
         self.down = parts.row_linear(hidden, width, bias=config.bias, std=out_std)
         self.feed_forward_dropout = Dropout(dropout, layer=layer, site="feed_forward")
@@ -53,6 +53,6 @@ class TransformerBlock(nn.Module):
         attention = softmax_attention(
             q, k, v, tokens.cu_seqlens, scale=scale, plan=tokens.plan, visibility=tokens.visibility
         )
-        x = x + self.attention_dropout(self.attention_out(attention.flatten(1)), tokens.randomness)
+        x = x + self.attention_dropout(self.attention_out(attention.flatten(1)), tokens.outer_randomness)
         hidden = F.gelu(self.up(self.feed_forward_norm(x)))
-        return x + self.feed_forward_dropout(self.down(hidden), tokens.randomness)
+        return x + self.feed_forward_dropout(self.down(hidden), tokens.outer_randomness)

@@ -19,7 +19,8 @@ EVENT_PARTS = ("prefix", "context", "item", "feedback", "next_context", "next_it
 class Events:
     """`T` events of `B` histories end to end; what follows `cu_seqlens[-1]` is dead padding.
 
-    The slots of the `*_rows` are laid out by `megarec.models.shape.InputShape`.
+    The slots of the `*_rows` are laid out by `megarec.models.shape.InputShape`. Where ranks share a pack, the rows are
+    those of this rank's slice of the events, but for the prefixes; everything else is of all events.
 
     Attributes:
         cu_seqlens: `[B + 1]` int64, where each history begins, in events.

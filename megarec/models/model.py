@@ -1,6 +1,7 @@
 """What every model is made of: events to tokens, blocks, and the heads that read the states."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from megarec.models.config import SequenceConfig
 from megarec.models.inputs import Events, Lookup
 from megarec.models.shape import InputShape, known_at_feedback
 from megarec.parallel.parts import Parts
+from megarec.parallel.placement import place, placement_of
 
 INPUT_LAYER = -1  # dropout of the input counts as a layer before the first
 
@@ -52,6 +54,9 @@ class RecModel(nn.Module):
         self.config = config
         self.shape = shape
         self.input_scale = input_scale
+        self.slices = parts.slices
+        self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
+        self.sequence_parallel = parts.sequence_parallel
         self.input_map = (
             parts.linear(table_width, width, bias=False, std=table_width**-0.5) if table_width != width else None
         )
@@ -69,6 +74,10 @@ class RecModel(nn.Module):
             shape.feedback_heads, config.heads, width=width, known_width=known_width, parts=parts
         )
         self.temperature = InverseTemperature(config.heads)
+        # What lies before and behind the blocks meets this rank's slice of the tokens alone.
+        for name, parameter in self.named_parameters():
+            if not name.startswith("blocks."):
+                place(parameter, replace(placement_of(parameter), grad_sum_over=("tp",)))
 
     @property
     def reads_query_time(self) -> bool:
@@ -76,16 +85,21 @@ class RecModel(nn.Module):
         return False
 
     def encode(self, events: Events, lookup: Lookup) -> Tensor:
-        """The states of all events' tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`."""
+        """The states of all events' tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`.
+
+        Where ranks share a pack, of this rank's slice of the events.
+        """
         tokens, x = self._tokens(events), self._embed(events, lookup)
-        num_tokens = len(x)
-        if tokens.places is not None:
-            x = tokens.places.merge(self._embed_prefix(events, lookup), x)
-        x = self.input_dropout(x, tokens.randomness)
+        if tokens.places is not None:  # its tokens move across the slices
+            whole = self.slices.gather(x)
+            x = self.slices.own(tokens.places.merge(self._embed_prefix(events, lookup), whole))
+        x = self.input_dropout(x, None if tokens.randomness is None else tokens.randomness.of(self.slices))
+        x = self.enter_blocks(x)
         for block in self.blocks:
             x = block(x, tokens)
+        x = self.leave_blocks(x)
         if tokens.places is not None:
-            x = tokens.places.events_of(x, num_tokens)
+            x = self.slices.own(tokens.places.events_of(self.slices.gather(x), len(whole)))
         return x if self.final_norm is None else self.final_norm(x)
 
     def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:
@@ -108,13 +122,15 @@ class RecModel(nn.Module):
         if not self.shape.feedback_heads:
             return {}
         per_event = self.config.tokens_per_event
-        state, next_item_rows = states, events.next_item_rows
-        if per_event > 1:
-            state = next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens)
-            next_item_rows = next_event(events.item_rows + 1, events.cu_seqlens) - 1  # no next event: empty slots
         reads_context, reads_item = known_at_feedback(self.config, self.shape)
         known = [self._sum_rows(events.next_context_rows, lookup)] if reads_context else []
-        known += [self._sum_rows(next_item_rows, lookup)] if reads_item else []
+        if per_event == 1:
+            state = states
+            known += [self._sum_rows(events.next_item_rows, lookup)] if reads_item else []
+        else:
+            state = next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens, self.slices)
+            own = [self._sum_rows(events.item_rows, lookup)] if reads_item else []
+            known += [next_event(item, events.cu_seqlens, self.slices) for item in own]
         logits: dict[str, Tensor] = self.feedback(state, known)
         return logits
 
@@ -125,7 +141,7 @@ class RecModel(nn.Module):
 
     def _tokens(self, events: Events) -> Tokens:
         """What the blocks know about the tokens."""
-        return split_events(
+        tokens = split_events(
             events.cu_seqlens,
             events.timestamp,
             events.next_timestamp,
@@ -134,6 +150,9 @@ class RecModel(nn.Module):
             num_prefix=self.config.num_prefix_tokens,
             num_candidates=events.num_candidates,
         )
+        if not self.sequence_parallel or tokens.randomness is None:
+            return tokens
+        return replace(tokens, outer_randomness=tokens.randomness.of(self.slices))
 
     def _embed(self, events: Events, lookup: Lookup) -> Tensor:
         """The input of the first block, `[T * tokens_per_event, D]`."""
@@ -145,7 +164,7 @@ class RecModel(nn.Module):
         }[self.config.token_layout]
         vectors = [self._embed_rows(torch.cat(group, dim=1), lookup) for group in groups]
         if self.position is not None:
-            position = self.position(events.position)
+            position = self.position(self.slices.own(events.position))
             vectors = [v + position for v in vectors]
         return vectors[0] if len(vectors) == 1 else interleave(vectors)
 

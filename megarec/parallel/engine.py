@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megarec.parallel.groups import ParallelGroups
@@ -90,8 +91,8 @@ def wrap_ddp(groups: ParallelGroups, model: nn.Module, config: TransformerConfig
         config: from `transformer_config`.
     """
     model.to(device=groups.device, dtype=config.pipeline_dtype)
-    for parameter, placement in placements(model):
-        setattr(parameter, "sequence_parallel", "tp" in placement.grad_sum_over)  # noqa: B010
+    for parameter, _ in placements(model):
+        setattr(parameter, "sequence_parallel", False)  # noqa: B010  (`finalize` sums by Placement, with and without)
     in_fp32 = config.pipeline_dtype == torch.bfloat16
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32)
     return DistributedDataParallel(config=config, ddp_config=settings, module=Replica(model, config))
@@ -139,6 +140,12 @@ def run_schedule(
     return reports
 
 
-def finalize(model: DistributedDataParallel) -> None:
+@torch.no_grad()
+def finalize(model: DistributedDataParallel, groups: ParallelGroups) -> None:
     """Sums the gradients in the buffers over every rank that shares a parameter. Collective."""
+    if groups.tensor.size > 1:
+        partial = [p.main_grad for p, placement in placements(model) if "tp" in placement.grad_sum_over]  # type: ignore[attr-defined]
+        flat = torch._utils._flatten_dense_tensors(partial)
+        dist.all_reduce(flat, group=groups.tensor.process_group)
+        torch._foreach_copy_(partial, list(torch._utils._unflatten_dense_tensors(flat, partial)))
     finalize_model_grads([model], num_tokens=None)

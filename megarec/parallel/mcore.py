@@ -25,7 +25,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import ModelType  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -42,9 +43,10 @@ __all__ = [
     "ParamPredicate",
     "RowParallelLinear",
     "TransformerConfig",
-    "copy_to_tensor_model_parallel_region",
     "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_megatron_optimizer",
     "parallel_state",
+    "scatter_to_sequence_parallel_region",
 ]

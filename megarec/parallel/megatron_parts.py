@@ -3,31 +3,47 @@
 Names and shapes of the parameters are those of the plain parts, so the same weights fill both.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from megarec.parallel.groups import ParallelGroups
 from megarec.parallel.mcore import (
     ColumnParallelLinear,
     RowParallelLinear,
     TransformerConfig,
-    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megarec.parallel.parts import Linear, Parts
 from megarec.parallel.placement import Init, Placement, place
+from megarec.parallel.slices import Slices
 
 
 def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
     """Parts whose split maps are Megatron-Core's, on the tensor-parallel ranks of `groups`."""
-    return Parts(
+    tensor = groups.tensor
+    gather = partial(gather_from_sequence_parallel_region, group=tensor.process_group)
+    parts = Parts(
         linear=Linear,
         column_linear=partial(ColumnLinear, groups=groups, config=config),
         row_linear=partial(RowLinear, groups=groups, config=config),
-        enter_heads=copy_to_tensor_model_parallel_region,
-        tp_size=groups.tensor.size,
-        tp_rank=groups.tensor.rank,
+        slices=Slices(index=tensor.rank, count=tensor.size, gather=gather),
+        sum_over_heads=partial(all_reduce, group=tensor.process_group),
+        sequence_parallel=groups.layout.sequence_parallel,
+        tp_size=tensor.size,
+        tp_rank=tensor.rank,
+    )
+    if tensor.size == 1 or parts.sequence_parallel:
+        return parts
+    # Every rank computes the gradient of all tokens, so each takes its slice of it and nothing is summed.
+    return replace(
+        parts,
+        enter_blocks=partial(gather, tensor_parallel_output_grad=False),
+        leave_blocks=partial(scatter_to_sequence_parallel_region, group=tensor.process_group),
     )
 
 

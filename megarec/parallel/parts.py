@@ -2,10 +2,14 @@
 
 A model file names parts and never asks which filling it got. `T` packed tokens, `N` heads; a part that is split
 over tensor-parallel ranks says so in its name, and its local sizes are the global ones divided by `tp_size`.
+
+Before and behind the blocks every tensor-parallel rank has its slice of the tokens: it asks the tables for the rows
+of these alone, and no gradient is computed twice. Between the split maps of a block it has the same slice with sequence
+parallelism, and all tokens without.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarec.parallel.placement import Init, Placement, place
+from megarec.parallel.slices import Slices
 
 
 class MakeLinear(Protocol):
@@ -31,8 +36,11 @@ class Parts:
         linear: a linear map that every rank holds whole.
         column_linear: one whose output features are split over tensor-parallel ranks: every token, local features.
         row_linear: one whose input features are split; its output is summed over tensor-parallel ranks.
-        enter_heads: brings a parameter shared by all heads into a head-sharded region (identity forward, gradient
-            summed over tensor-parallel ranks).
+        slices: which tokens this rank has before and behind the blocks.
+        enter_blocks: from this rank's slice of the tokens, `[T / ranks, D]`, to what blocks take.
+        leave_blocks: the way back.
+        sum_over_heads: the sum over tensor-parallel ranks, of values and of gradients.
+        sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
         tp_rank: which of them this one is.
     """
@@ -40,9 +48,23 @@ class Parts:
     linear: MakeLinear
     column_linear: MakeLinear
     row_linear: MakeLinear
-    enter_heads: Callable[[Tensor], Tensor]
+    slices: Slices = field(default_factory=Slices)
+    enter_blocks: Callable[[Tensor], Tensor] = lambda x: x
+    leave_blocks: Callable[[Tensor], Tensor] = lambda x: x
+    sum_over_heads: Callable[[Tensor], Tensor] = lambda x: x
+    sequence_parallel: bool = False
     tp_size: int = 1
     tp_rank: int = 0
+
+    def own_part(self, size: int) -> slice:
+        """This rank's part of `size` heads, or of channels laid out head by head."""
+        local = size // self.tp_size
+        return slice(self.tp_rank * local, (self.tp_rank + 1) * local)
+
+    @property
+    def between_maps(self) -> tuple[str, ...]:
+        """Over whom to sum the gradient of a whole parameter that meets the tokens between a block's split maps."""
+        return ("tp",) if self.sequence_parallel else ()
 
 
 class Linear(nn.Module):
@@ -58,12 +80,12 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def whole_parameter(shape: tuple[int, ...], init: Init) -> nn.Parameter:
-    """A parameter that every rank holds whole."""
-    placement = Placement(global_shape=shape, replicated_over=("tp", "dp"), init=init)
+def whole_parameter(shape: tuple[int, ...], init: Init, *, sum_over: tuple[str, ...] = ()) -> nn.Parameter:
+    """A parameter that every rank holds whole, whose gradient is summed over the ranks of the kinds `sum_over`."""
+    placement = Placement(global_shape=shape, replicated_over=("tp", "dp"), grad_sum_over=sum_over, init=init)
     return place(nn.Parameter(torch.zeros(shape)), placement)
 
 
 def local_parts() -> Parts:
     """Plain torch on one device: for inference and as the twin that every other filling is held against."""
-    return Parts(linear=Linear, column_linear=Linear, row_linear=Linear, enter_heads=lambda x: x)
+    return Parts(linear=Linear, column_linear=Linear, row_linear=Linear)

@@ -1,11 +1,12 @@
 """From packs of events to what a step needs: table rows, targets, negatives. Runs in the reader's thread."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarec.base.jagged import Int64, gather_indices, stable_order
@@ -15,6 +16,7 @@ from megarec.data.prefetch import Prefetcher
 from megarec.data.stream import TrainStream
 from megarec.models.inputs import EVENT_PARTS
 from megarec.models.rows import RowMap
+from megarec.parallel.slices import Slices
 from megarec.train.config import ObjectiveConfig
 
 WHOLE_CATALOG_DRAWS = 16  # draws per item: e^-16 of the items would be missing
@@ -40,6 +42,30 @@ class PackBatch:
     columns: dict[str, Tensor]
     rows: dict[str, Tensor]
 
+    def slice(self, slices: Slices) -> "PackBatch":
+        """What of the pack is this rank's: rows, targets and feedback of its slice of the events and of the candidates.
+
+        Prefixes and all that speaks of places and times stay whole: attention sees every event.
+        """
+        if slices.count == 1:
+            return self
+        columns, rows = dict(self.columns), dict(self.rows)
+        own = slices.rows_of(len(columns["position"]))
+        mine = (columns["target_event"] >= own.start) & (columns["target_event"] < own.stop)
+        columns["target_event"] = columns["target_event"][mine] - own.start
+        columns["target"] = columns["target"][mine]
+        if "slots" in columns:
+            columns["slots"] = columns["slots"][mine]
+            columns["order"] = torch.sort(columns["slots"].flatten(), stable=True).indices
+        for name in columns:
+            if name.startswith("feedback/"):
+                columns[name] = columns[name][own]
+        for name, row in rows.items():
+            if name == "candidates":  # as many on every rank; behind the last one stand empty rows
+                row = F.pad(row, (0, 0, 0, -len(row) % slices.count), value=-1)
+            rows[name] = row if name == "prefix" else slices.own(row)
+        return replace(self, columns=columns, rows=rows)
+
     @property
     def num_events(self) -> int:
         """Living events."""
@@ -57,6 +83,10 @@ class StepBatch:
 
     packs: list[PackBatch]
     position: dict[str, Any]
+
+    def slice(self, slices: Slices) -> "StepBatch":
+        """What of the packs is this rank's, where ranks share them."""
+        return replace(self, packs=[pack.slice(slices) for pack in self.packs])
 
     def all_rows(self) -> Tensor:
         """The rows of all packs end to end, `[n]`, for one exchange."""

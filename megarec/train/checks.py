@@ -23,12 +23,12 @@ def check_run(config: TrainConfig, *, world: int) -> None:
 
 
 def check_layout(layout: LayoutConfig) -> None:
-    """This version trains with data parallelism and tables sharded over all ranks."""
-    if layout.replica > 1:
+    """This version trains with tensor, sequence and data parallelism and tables sharded over all ranks."""
+    if layout.pipeline * layout.context > 1:
         raise UserError(
-            "one replica is one rank in this version",
+            "stages and context-parallel ranks are not in this version",
             where="layout",
-            fix="Set tensor=pipeline=context=1; more processes are more data-parallel replicas",
+            fix="Set pipeline=context=1",
         )
 
 
@@ -66,9 +66,12 @@ def check_pack_size(config: TrainConfig) -> None:
             where="stream.tokens_per_pack",
             fix=f"The nearest is {max(unit, round(config.stream.tokens_per_pack / unit) * unit)}",
         )
-    if config.stream.tokens_per_pack % config.model.tokens_per_event:
+    ranks = config.layout.tensor * config.layout.context
+    if config.stream.tokens_per_pack % (config.model.tokens_per_event * ranks):
+        shared = f", evenly over {ranks} ranks" if ranks > 1 else ""
         raise UserError(
-            f"{config.stream.tokens_per_pack} tokens are not whole events of {config.model.tokens_per_event} tokens",
+            f"{config.stream.tokens_per_pack} tokens are not whole events of {config.model.tokens_per_event} tokens"
+            f"{shared}",
             where="stream.tokens_per_pack",
             fix=f"Use a multiple of {unit * config.model.tokens_per_event}",
         )

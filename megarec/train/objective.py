@@ -76,7 +76,8 @@ class Objective:
         sums = self._feedback(states, events, columns=columns, lookup=lookup)
         if self._config.next_item != "none":
             query = self._model.next_item_query(states, events, lookup)[columns["target_event"]]
-            vectors = self._model.item_vectors(rows["candidates"], lookup)
+            own = self._model.item_vectors(rows["candidates"], lookup)
+            vectors = self._model.slices.gather(own)[: len(columns["candidate_id"])]
             sums[NEXT_ITEM] = self._next_item(query, vectors, columns).double()
         shares = torch.stack([sums[name] for name in self.names]) / global_counts.clamp_min(1.0)
         loss = (shares * self._weights).sum()

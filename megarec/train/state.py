@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megarec.base.config import plain
@@ -55,9 +56,18 @@ def restore(checkpoint: Checkpoint, trainer: Trainer) -> None:
 
 def whole_weights(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense weights by global name and tables by name, whole and on the CPU. Collective."""
-    dense = {place.global_name: parameter.detach().cpu() for parameter, place in placements(trainer.model)}
+    dense = {place.global_name: _whole(parameter, place, trainer) for parameter, place in placements(trainer.model)}
     tables = {name: trainer.machinery.tables.whole(name).cpu() for name in trainer.machinery.tables.specs}
     return dense, tables
+
+
+def _whole(parameter: Tensor, placement: Placement, trainer: Trainer) -> Tensor:
+    own, group = parameter.detach().contiguous(), trainer.groups.tensor
+    if placement.split_dim is None or group.size == 1:
+        return own.cpu()
+    pieces = [torch.empty_like(own) for _ in range(group.size)]
+    dist.all_gather(pieces, own, group=group.process_group)
+    return torch.cat(pieces, dim=placement.split_dim).cpu()
 
 
 def read_weights(path: Path) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]]:

@@ -46,7 +46,7 @@ class StepResult:
     """What a step did, equal on every rank but for `losses`, which sum to the whole over data-parallel ranks.
 
     Attributes:
-        losses: this rank's share of each head's mean loss, `[heads]`.
+        losses: this replica's share of each head's mean loss, `[heads]`.
         grad_norm: the global norm before clipping, dense weights and tables together.
         updated: whether the weights changed; a norm that is not finite changes nothing.
     """
@@ -61,13 +61,14 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
 
     Args:
         machinery: what is trained.
-        batch: this rank's packs.
+        batch: this rank's packs, or its slices of packs that it shares.
         learning_rate: of this step.
     """
     m = machinery
     fetched = m.tables.fetch(batch.all_rows().to(m.groups.device))
     counts = m.objective.count_targets(batch.packs)
-    dist.all_reduce(counts, group=m.groups.data.process_group)
+    for group in (m.groups.tensor, m.groups.data):
+        dist.all_reduce(counts, group=group.process_group)
     work = zip(batch.packs, batch.split(fetched.index), strict=True)
     reports = run_schedule(
         m.model,
@@ -76,7 +77,7 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
         num_packs=len(batch.packs),
         tokens_per_pack=m.tokens_per_pack,
     )
-    finalize(m.model)
+    finalize(m.model, m.groups)
     owned = m.tables.collect_gradients(fetched)
     m.optimizer.prepare_grads()
     norm = float((m.optimizer.square_norm() + m.tables.square_norm(owned)).sqrt())
@@ -88,4 +89,5 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
         m.tables.update(owned, lr=learning_rate, scale=coefficient)
     m.optimizer.zero()
     losses = torch.stack([torch.stack([r[name] for name in m.objective.names]) for r in reports]).sum(0)
+    dist.all_reduce(losses, group=m.groups.tensor.process_group)
     return StepResult(losses=losses, grad_norm=norm, updated=updated)

@@ -121,7 +121,7 @@ class Trainer:
         batch = share_step(feed.take() if feed is not None else None, self.groups.replica)
         waited = time.perf_counter() - started
         self.learning_rate = learning_rate(self.step, self.config.optimizer, num_steps=self.config.num_steps)
-        result = train_step(self.machinery, batch, learning_rate=self.learning_rate)
+        result = train_step(self.machinery, batch.slice(self.model.slices), learning_rate=self.learning_rate)
         self._skipped = 0 if result.updated else self._skipped + 1
         if self._skipped == MAX_SKIPPED_STEPS:
             raise UserError(

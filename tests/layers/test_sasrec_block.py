@@ -86,7 +86,7 @@ def test_dropped_probabilities_equal_the_equation() -> None:
     heads, width = 2, 3
     q, k, v = (torch.randn(NUM_TOKENS, heads, width, dtype=torch.float64, requires_grad=True) for _ in range(3))
     randomness = Randomness(key=11, token=torch.arange(NUM_TOKENS) + 1000)
-    weigh = AttentionDropout(0.25, layer=1, num_heads=heads, max_tokens=160)(randomness)
+    weigh = AttentionDropout(0.25, layer=1, heads=range(heads), max_tokens=160)(randomness)
     assert weigh is not None
     found = softmax_attention(q, k, v, BOUNDS, scale=0.7, weigh=weigh)
     truth = torch.zeros_like(found)
@@ -102,7 +102,7 @@ def test_dropped_probabilities_equal_the_equation() -> None:
 
 
 def test_masks_are_columns_of_one_mask_and_have_the_right_share() -> None:
-    dropout = AttentionDropout(0.25, layer=1, num_heads=2, max_tokens=400)
+    dropout = AttentionDropout(0.25, layer=1, heads=range(2), max_tokens=400)
     weigh = dropout(Randomness(key=3, token=torch.arange(500)))
     assert weigh is not None
     whole = weigh(torch.arange(500), 400)
@@ -121,7 +121,7 @@ def test_dropout_falls_on_every_site_and_only_in_training() -> None:
         silenced = make_block(2, dropout=0.3)
         old = getattr(silenced, site)
         off = (
-            AttentionDropout(0.0, layer=3, num_heads=2, max_tokens=160)
+            AttentionDropout(0.0, layer=3, heads=range(2), max_tokens=160)
             if isinstance(old, AttentionDropout)
             else Dropout(0.0, layer=3, site=old.site)
         )

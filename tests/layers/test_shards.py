@@ -3,12 +3,10 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megarec_kernels.hstu_attention.cpu import bucket_times
 from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig, TransformerBlockConfig
@@ -16,7 +14,7 @@ from megarec.layers.hstu_block import HstuBlock
 from megarec.layers.tokens import split_events
 from megarec.layers.transformer_block import TransformerBlock
 from megarec.parallel.parts import Linear, Parts, local_parts, whole_parameter
-from megarec.parallel.placement import Init
+from megarec.parallel.placement import Init, placement_of
 
 RANKS = 2
 TOKENS = split_events(
@@ -58,9 +56,7 @@ def fake_parts(rank: int, all_reduce: Sum) -> Parts:
             y = all_reduce(rank, F.linear(x, self.weight))
             return y if self.bias is None else y + self.bias
 
-    return Parts(
-        linear=Linear, column_linear=Column, row_linear=Row, enter_heads=lambda x: x, tp_size=RANKS, tp_rank=rank
-    )
+    return Parts(linear=Linear, column_linear=Column, row_linear=Row, tp_size=RANKS, tp_rank=rank)
 
 
 def check(make: Callable[[Parts], nn.Module], split: dict[str, int]) -> None:
@@ -118,13 +114,10 @@ def test_hstu_block(concat: str) -> None:
     )
 
 
-def test_what_heads_share_enters_their_region() -> None:
-    entered: list[int] = []
-    parts = replace(local_parts(), enter_heads=lambda x: entered.append(len(x)) or x)  # type: ignore[func-returns-value]
+def test_what_heads_share_is_summed_over_ranks() -> None:
     config = HstuBlockConfig(
         num_heads=2, v_head_width=5, num_time_buckets=7, output_norm="per_head", output_norm_affine=True
     )
-    block = HstuBlock(config, width=12, layer=0, max_tokens=20, dropout=0.0, parts=parts)
-    buckets = bucket_times(TOKENS.plan, TOKENS.timestamp, TOKENS.query_timestamp, num_buckets=7)
-    block(torch.zeros(15, 12), replace(TOKENS, time_buckets=buckets))
-    assert sorted(entered) == [2, 2, 8, 20]  # scale and shift of the norm, time bias, position bias
+    block = HstuBlock(config, width=12, layer=0, max_tokens=20, dropout=0.0, parts=local_parts())
+    summed = {name for name, parameter in block.named_parameters() if "tp" in placement_of(parameter).grad_sum_over}
+    assert summed == {"position_bias", "time_bias", "output_norm.scale", "output_norm.shift"}

@@ -2,6 +2,7 @@ import torch
 
 from megarec.layers.dropout import Randomness
 from megarec.layers.tokens import interleave, next_event, split_events, token_of_event
+from megarec.parallel.slices import Slices
 
 
 def test_events_split_into_tokens() -> None:
@@ -29,7 +30,7 @@ def test_interleave_and_back() -> None:
 
 def test_next_event_stays_in_its_history() -> None:
     x = torch.arange(1.0, 9.0).unsqueeze(1).requires_grad_()
-    following = next_event(x, torch.tensor([0, 0, 3, 4, 4, 6]))  # two dead rows
+    following = next_event(x, torch.tensor([0, 0, 3, 4, 4, 6]), Slices())  # two dead rows
     assert following.squeeze(1).tolist() == [2, 3, 0, 0, 6, 0, 0, 0]
     following.sum().backward()
     assert x.grad is not None
@@ -37,5 +38,5 @@ def test_next_event_stays_in_its_history() -> None:
 
 
 def test_next_event_of_nothing() -> None:
-    assert next_event(torch.zeros(0, 4), torch.tensor([0])).shape == (0, 4)
-    assert next_event(torch.ones(2, 4), torch.tensor([0])).abs().sum() == 0
+    assert next_event(torch.zeros(0, 4), torch.tensor([0]), Slices()).shape == (0, 4)
+    assert next_event(torch.ones(2, 4), torch.tensor([0]), Slices()).abs().sum() == 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model_twins import ARGUS, BLOCK, HSTU, make_model
+from test_model_twins import ARGUS, HSTU, make_model
 from torch import Tensor
 
 from megarec.base.errors import UserError
@@ -54,12 +54,7 @@ def test_first_weights_have_the_published_spread() -> None:
 
 def test_what_cannot_be_cut_into_heads_is_refused() -> None:
     parts = replace(local_parts(), tp_size=2)
-    per_head = replace(HSTU, block=replace(BLOCK, output_norm="per_head"))
-    build_model(per_head, shape_for(HSTU), parts)
-    with pytest.raises(UserError, match="all_heads"):
-        build_model(HSTU, shape_for(HSTU), parts)
-    with pytest.raises(UserError, match="dropout"):
-        build_model(replace(per_head, dropout=0.1), shape_for(HSTU), parts)
+    build_model(HSTU, shape_for(HSTU), parts)
     with pytest.raises(UserError, match="3 heads"):
         build_model(ARGUS, shape_for(ARGUS), parts)
 

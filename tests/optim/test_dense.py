@@ -41,7 +41,7 @@ def update(groups, wrapped, optimizer: DenseOptimizer, step: int) -> float:
         num_packs=len(mine),
         tokens_per_pack=5,
     )
-    finalize(wrapped)
+    finalize(wrapped, groups)
     optimizer.prepare_grads()
     norm = optimizer.square_norm().sqrt()
     optimizer.scale_grads(torch.clamp(SETTINGS.clip_norm / norm, max=1.0))

@@ -39,7 +39,7 @@ def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype) -> dic
 
         wrapped.zero_grad_buffer()
         reports = run_schedule(wrapped, forward_step, iter(mine), num_packs=len(mine), tokens_per_pack=5)
-        finalize(wrapped)
+        finalize(wrapped, groups)
         losses.append(sum(report["loss"] for report in reports))
         with torch.no_grad():
             for parameter in model.parameters():

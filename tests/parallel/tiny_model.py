@@ -20,12 +20,12 @@ class TinyBlock(nn.Module):
         self.parts = parts
         self.norm = whole_parameter((WIDTH,), Init(value=1.0))
         self.into = parts.column_linear(WIDTH, INNER, bias=True, std=0.3)
-        self.shared = whole_parameter((INNER // HEADS,), Init(kind="normal", std=0.3))
+        self.shared = whole_parameter((INNER // HEADS,), Init(kind="normal", std=0.3), sum_over=("tp",))
         self.out = parts.row_linear(INNER, WIDTH, bias=True, std=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.into(F.layer_norm(x, (WIDTH,)) * self.norm)
-        heads = y.view(*y.shape[:-1], HEADS // self.parts.tp_size, -1) + self.parts.enter_heads(self.shared)
+        heads = y.view(*y.shape[:-1], HEADS // self.parts.tp_size, -1) + self.shared
         return x + self.out(torch.tanh(heads).reshape(y.shape))
 
 

@@ -44,7 +44,7 @@ def make_config(data: Path, run_dir: Path, *, model: dict[str, Any] | None = Non
         "log_every_steps": 4,
         "tensorboard": False,
         "model": model or SMALL_ARGUS,
-        "stream": {"tokens_per_pack": 48, "lanes": 2, "pool_blocks": 1, "max_history_events": 12, "packs_per_lane": 2},
+        "stream": {"tokens_per_pack": 96, "lanes": 2, "pool_blocks": 1, "max_history_events": 12, "packs_per_lane": 2},
         "objective": {"num_uniform_negatives": 8},
         "checkpoint": {"every_steps": 4},
     }

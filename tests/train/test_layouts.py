@@ -1,4 +1,4 @@
-"""Data parallelism changes nothing: weights after steps on 2 ranks equal those on 1, for every objective.
+"""A layout changes nothing: weights after steps on several ranks equal those on 1, for every objective.
 
 fp64 with plain SGD: 1e-12 after 3 steps (sums in another order). fp32 with Adam: losses within 1e-6 over 20 steps.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megarec.base.config import build, plain
 from megarec.data.dataset import open_dataset
-from megarec.parallel.groups import ProcessInfo, start, stop
+from megarec.parallel.groups import ParallelGroups, ProcessInfo, start, stop
+from megarec.parallel.layout import LayoutConfig
 from megarec.parallel.mcore import DistributedDataParallel
 from megarec.parallel.placement import placements
 from megarec.train import objective as objective_module
@@ -56,13 +57,18 @@ SWITCHES: dict[str, dict[str, Any]] = {
 class PlainSgd:
     """Stands for the dense optimizer: Megatron-Core's refuse fp64."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._model = model
+    def __init__(self, model: DistributedDataParallel, groups: ParallelGroups) -> None:
+        self._model, self._groups = model, groups
 
     def prepare_grads(self) -> None: ...
 
     def square_norm(self) -> Tensor:
-        return sum((p.main_grad.double().square().sum() for p in self._model.parameters()), torch.zeros(()).double())
+        total = torch.zeros(()).double()
+        for parameter, placement in placements(self._model):
+            if "tp" not in placement.replicated_over or self._groups.tensor.rank == 0:
+                total += parameter.main_grad.double().square().sum()
+        torch.distributed.all_reduce(total, group=self._groups.tensor.process_group)
+        return total
 
     def scale_grads(self, coefficient: float) -> None:
         for parameter in self._model.parameters():
@@ -83,7 +89,7 @@ def train_fp64(process: ProcessInfo, config: TrainConfig, fault: str) -> tuple[d
         objective_module.Objective.count_targets = _counts_of_this_rank  # type: ignore[method-assign]
     trainer = Trainer(config, groups, open_dataset(config.data), hooks=[])
     trainer.model, machinery = build_machinery(config, groups, trainer.shape, dtype=torch.float64)
-    trainer.machinery = replace(machinery, optimizer=PlainSgd(machinery.model))  # type: ignore[arg-type]
+    trainer.machinery = replace(machinery, optimizer=PlainSgd(machinery.model, groups))  # type: ignore[arg-type]
     before = [{name: weight.clone() for name, weight in part.items()} for part in whole_weights(trainer)]
     trainer.fit()
     weights = whole_weights(trainer)
@@ -125,6 +131,34 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path, name: str) -> None:
     assert largest_difference(one, first) <= 1e-12
 
 
+LAYOUTS = {
+    "tp2": {"tensor": 2},
+    "tp2 sp": {"tensor": 2, "sequence_parallel": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_two_tensor_parallel_ranks_equal_one(world: Path, tmp_path: Path, name: str, layout: str) -> None:
+    config = fp64_config(world, tmp_path, SWITCHES[name])
+    (one,) = run_ranks(train_fp64, 1, config, "")
+    config = replace(config, layout=build(LayoutConfig, LAYOUTS[layout]))
+    first, second = run_ranks(train_fp64, 2, config, "")
+    assert largest_difference(first, second) == 0.0
+    assert largest_difference(one, first) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["argus, interleaved", "hstu, prefix"])
+def test_tensor_and_data_parallel_ranks_equal_one(world: Path, tmp_path: Path, name: str, layout: str) -> None:
+    config = fp64_config(world, tmp_path, SWITCHES[name])
+    (one,) = run_ranks(train_fp64, 1, config, "")
+    config = replace(config, layout=build(LayoutConfig, LAYOUTS[layout]))
+    four = run_ranks(train_fp64, 4, config, "")
+    assert max(largest_difference(four[0], other) for other in four[1:]) == 0.0
+    assert largest_difference(one, four[0]) <= 1e-12
+
+
 def test_a_loss_normalised_per_rank_is_seen(world: Path, tmp_path: Path) -> None:
     config = fp64_config(world, tmp_path, {})
     config = replace(config, optimizer=replace(config.optimizer, clip_norm=0.0))  # clipping would hide a factor
@@ -140,7 +174,7 @@ def losses_fp32(process: ProcessInfo, config: TrainConfig) -> list[float]:
     class Keep(Hook):
         def after_step(self, trainer: Trainer, result: Any) -> None:
             total = result.losses.clone()
-            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(total, group=groups.data.process_group)
             losses.append(total)
 
     trainer = Trainer(config, groups, open_dataset(config.data), hooks=[Keep()])
@@ -150,11 +184,12 @@ def losses_fp32(process: ProcessInfo, config: TrainConfig) -> list[float]:
     return [value for loss in losses for value in loss.tolist()]
 
 
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS.values()], ids=["dp2", *LAYOUTS])
 @pytest.mark.parametrize("model", [SMALL_ARGUS, SMALL_HSTU], ids=["argus", "hstu"])
-def test_fp32_losses_with_adam(world: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+def test_fp32_losses_with_adam(world: Path, tmp_path: Path, model: dict[str, Any], layout: dict[str, Any]) -> None:
     config = make_config(world, tmp_path, num_steps=20, model=model)
     (one,) = run_ranks(losses_fp32, 1, config)
-    two, _ = run_ranks(losses_fp32, 2, config)
+    two, _ = run_ranks(losses_fp32, 2, replace(config, layout=build(LayoutConfig, layout)))
     assert len(one) == 60
     for a, b in zip(one, two, strict=True):
         assert abs(a - b) <= 1e-6 * max(1.0, abs(a))

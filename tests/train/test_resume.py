@@ -138,13 +138,16 @@ def metrics_of(config: TrainConfig) -> list[tuple[int, str]]:
     return [(record["step"], json.dumps(record["losses"])) for record in records]
 
 
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=["dp2", "tp2", "tp2 sp"]
+)
 def test_resume_on_another_number_of_ranks_continues_the_same_stream(
-    tmp_path: Path, world: Path, uninterrupted: Callable[..., TrainConfig]
+    tmp_path: Path, world: Path, uninterrupted: Callable[..., TrainConfig], layout: dict[str, Any]
 ) -> None:
     whole = uninterrupted(SMALL_ARGUS, 1)
-    moved = make_config(world, tmp_path / "moved", num_steps=8)
+    moved = make_config(world, tmp_path / "moved", num_steps=8, layout=layout)
     run_ranks(run, 2, moved)
-    run_ranks(run, 1, build(TrainConfig, {**plain(moved), "num_steps": 12}))
+    run_ranks(run, 1, build(TrainConfig, {**plain(moved), "num_steps": 12, "layout": {}}))
     expected, resumed = read_tensors(whole.run_dir), read_tensors(moved.run_dir)
     for key, tensor in expected.items():
         # fp32 sums in another order; a lost or doubled pack moves weights by the learning rate, 1e-3

@@ -11,17 +11,8 @@ def build(config: HstuConfig, shape: InputShape, parts: Parts) -> Hstu:
     """The model on this rank.
 
     Raises:
-        UserError: the heads do not divide over the tensor-parallel ranks, or what the settings ask for would give
-            other numbers on a shard of the heads than on all of them.
+        UserError: the heads do not divide over the tensor-parallel ranks.
     """
     if config.block.num_heads % parts.tp_size:
         raise UserError(f"{config.block.num_heads} heads do not divide over {parts.tp_size} tensor-parallel ranks")
-    if parts.tp_size > 1 and config.block.output_norm == "all_heads":
-        raise UserError(
-            "output_norm=all_heads needs all heads on one rank",
-            where="model.block.output_norm",
-            fix="Set it to per_head",
-        )
-    if parts.tp_size > 1 and config.dropout:
-        raise UserError("HSTU drops channels of all heads together", where="model.dropout", fix="Set it to 0")
     return Hstu(config, shape, parts)

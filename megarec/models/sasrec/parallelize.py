@@ -11,15 +11,9 @@ def build(config: SasrecConfig, shape: InputShape, parts: Parts) -> Sasrec:
     """The model on this rank.
 
     Raises:
-        UserError: the heads do not divide over the tensor-parallel ranks, or dropout would give other numbers on a
-            shard of the heads than on all of them.
+        UserError: the heads or the hidden channels do not divide over the tensor-parallel ranks.
     """
-    if config.block.num_heads % parts.tp_size:
-        raise UserError(f"{config.block.num_heads} heads do not divide over {parts.tp_size} tensor-parallel ranks")
-    if parts.tp_size > 1 and config.dropout:
-        raise UserError(
-            "SASRec drops probabilities and hidden channels, of all heads together",
-            where="model.dropout",
-            fix="Set it to 0",
-        )
+    for what, count in {"heads": config.block.num_heads, "hidden channels": config.block.feed_forward_width}.items():
+        if count % parts.tp_size:
+            raise UserError(f"{count} {what} do not divide over {parts.tp_size} tensor-parallel ranks")
     return Sasrec(config, shape, parts)
