@@ -45,11 +45,11 @@ class Checkpoint:
 
     def read_whole(self, name: str) -> Tensor:
         """One whole tensor, in the dtype it was saved in."""
-        shape = self.shape_of(name)
-        file = self._entries(name)[0][0]
+        file, saved = self._entries(name)[0]
+        shape, dim = saved.global_shape, saved.dim
         with safe_open(str(self.path / file), framework="pt") as tensors:
             dtype = tensors.get_tensor(name).dtype
-        wanted = PieceIndex(name=name, global_shape=shape, count=shape[0] if shape else 1)
+        wanted = PieceIndex(name=name, global_shape=shape, dim=dim, count=shape[dim] if shape else 1)
         target = torch.empty(shape, dtype=dtype)
         self.load([Piece(index=wanted, values=target)])
         return target

@@ -56,7 +56,7 @@ def whole(name: str, values: Tensor) -> Piece:
 
 
 def fill(wanted: PieceIndex, target: Tensor, saved: PieceIndex, values: Tensor) -> Tensor:
-    """Copies into `target` what `saved` holds of `wanted`.
+    """Copies into `target` what `saved` holds of `wanted`; both are cut along one dimension.
 
     Returns:
         Which of the wanted positions were filled, bool `[wanted.count]`.
@@ -64,6 +64,8 @@ def fill(wanted: PieceIndex, target: Tensor, saved: PieceIndex, values: Tensor) 
     if not wanted.global_shape:
         target.copy_(values)
         return torch.ones(1, dtype=torch.bool)
+    if wanted.dim != saved.dim:
+        raise AssertionError(f"'{wanted.name}' is cut along dimension {saved.dim} and wanted along {wanted.dim}")
     distance = wanted.positions() - saved.start
     held = (distance >= 0) & (distance % saved.stride == 0) & (distance // saved.stride < saved.count)
     if held.all() and wanted.stride == saved.stride:

@@ -147,6 +147,10 @@ def test_resume_on_another_number_of_ranks_continues_the_same_stream(
     whole = uninterrupted(SMALL_ARGUS, 1)
     moved = make_config(world, tmp_path / "moved", num_steps=8, layout=layout)
     run_ranks(run, 2, moved)
+    half = read_tensors(moved.run_dir)  # whole, whoever holds a piece
+    assert {name: tensor.shape for name, tensor in half.items()} == {
+        name: tensor.shape for name, tensor in read_tensors(whole.run_dir).items()
+    }
     run_ranks(run, 1, build(TrainConfig, {**plain(moved), "num_steps": 12, "layout": {}}))
     expected, resumed = read_tensors(whole.run_dir), read_tensors(moved.run_dir)
     for key, tensor in expected.items():
