@@ -13,10 +13,11 @@ from torch import Tensor
 
 from megarec.base.config import build, plain
 from megarec.data.dataset import open_dataset
+from megarec.layers.dropout import Dropout
 from megarec.parallel.groups import ParallelGroups, ProcessInfo, start, stop
 from megarec.parallel.layout import LayoutConfig
 from megarec.parallel.mcore import DistributedDataParallel
-from megarec.parallel.placement import placements
+from megarec.parallel.placement import place, placements
 from megarec.train import objective as objective_module
 from megarec.train.config import TrainConfig
 from megarec.train.hooks.hook import Hook
@@ -89,6 +90,14 @@ def train_fp64(process: ProcessInfo, config: TrainConfig, fault: str) -> tuple[d
         objective_module.Objective.count_targets = _counts_of_this_rank  # type: ignore[method-assign]
     trainer = Trainer(config, groups, open_dataset(config.data), hooks=[])
     trainer.model, machinery = build_machinery(config, groups, trainer.shape, dtype=torch.float64)
+    for module in trainer.model.modules():
+        if fault == "dropout of the first rank's channels" and isinstance(module, Dropout):
+            module.part = 0
+    for parameter, placement in placements(trainer.model):
+        if fault == "gradients in blocks not summed" and placement.global_name.startswith("blocks."):
+            place(parameter, replace(placement, grad_sum_over=()))
+        if fault == "whole gradients summed" and "tp" in placement.replicated_over:
+            place(parameter, replace(placement, grad_sum_over=("tp",)))
     trainer.machinery = replace(machinery, optimizer=PlainSgd(machinery.model, groups))  # type: ignore[arg-type]
     before = [{name: weight.clone() for name, weight in part.items()} for part in whole_weights(trainer)]
     trainer.fit()
@@ -165,6 +174,22 @@ def test_a_loss_normalised_per_rank_is_seen(world: Path, tmp_path: Path) -> None
     (one,) = run_ranks(train_fp64, 1, config, "")
     faulty = run_ranks(train_fp64, 2, config, "loss normalised per rank")[0]
     assert largest_difference(one, faulty) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [
+        ("dropout of the first rank's channels", "tp2"),
+        ("gradients in blocks not summed", "tp2"),
+        ("gradients in blocks not summed", "tp2 sp"),
+        ("whole gradients summed", "tp2"),  # those of norms and of output biases are whole without sequence parallelism
+    ],
+)
+def test_a_fault_of_tensor_parallel_ranks_is_seen(world: Path, tmp_path: Path, fault: str, layout: str) -> None:
+    config = fp64_config(world, tmp_path, {"model": {**SMALL_HSTU, "dropout": 0.2}})
+    (one,) = run_ranks(train_fp64, 1, config, "")
+    faulty = run_ranks(train_fp64, 2, replace(config, layout=build(LayoutConfig, LAYOUTS[layout])), fault)[0]
+    assert largest_difference(one, faulty) > 1e-7
 
 
 def losses_fp32(process: ProcessInfo, config: TrainConfig) -> list[float]:
