@@ -126,6 +126,7 @@ def test_different_rules_never_share_a_table(tmp_path: Path, fault: str) -> None
     assert [[row[0] for row in table.rows] for table in tables] == [["a", "MostPop"], ["MostPop"]]
     assert all("protocol" in table.title and "split" in table.title for table in tables)
     assert len({(table.title, *table.notes) for table in tables}) == 2
+    assert ("elsewhere" in tables[1].title) == (fault == "another dataset")
 
 
 def test_a_periodic_evaluation_says_its_window(tmp_path: Path) -> None:

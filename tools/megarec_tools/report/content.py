@@ -7,7 +7,7 @@ from pathlib import Path
 from megarec_tools.report.charts import Chart
 from megarec_tools.report.command import ReportConfig
 from megarec_tools.report.groups import Group, group_runs, join_curves
-from megarec_tools.report.measurements import Measurement, final, mapping, periodic
+from megarec_tools.report.measurements import Measurement, final, mapping, periodic, tell_datasets_apart
 from megarec_tools.report.references import read_references
 from megarec_tools.report.runs import AXES, Run, read_runs
 from megarec_tools.report.tables import (
@@ -59,7 +59,8 @@ def read_content(config: ReportConfig) -> Content:
     groups = group_runs(runs)
     references = read_references(Path(config.references)) if config.references else []
     in_training = [measurement for run in runs for measurement in periodic(run)]
-    measured = in_training + final(runs, config.evaluations)
+    measured = tell_datasets_apart(in_training + final(runs, config.evaluations))
+    in_training = measured[: len(in_training)]
     return Content(
         title=config.title,
         groups=groups,

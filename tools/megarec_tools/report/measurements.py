@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Rules:
         data: the dataset.
         metrics: those that the protocol names; empty if it names none.
         details: every field of the protocol and what was counted, for the reader.
+        names_data: whether the title says which dataset it is.
     """
 
     protocol: str
@@ -32,12 +33,14 @@ class Rules:
     data: str
     metrics: tuple[str, ...] = field(default=(), compare=False)
     details: str = field(default="", compare=False)
+    names_data: bool = field(default=False, compare=False)
 
     @property
     def title(self) -> str:
         """The protocol, the split, and how much of it."""
         users = f", at most {self.max_users:,} users" if self.max_users else ""
-        return f"protocol {self.protocol}; split {self.split}{users}"
+        data = f"; {self.data}" if self.names_data else ""
+        return f"protocol {self.protocol}; split {self.split}{users}{data}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,12 @@ class Measurement:
         """Every number by one name, as `ndcg@10` and `listened/auc`."""
         feedback = {f"{head}/{name}": value for head, found in self.feedback.items() for name, value in found.items()}
         return self.values | feedback
+
+
+def tell_datasets_apart(measured: Sequence[Measurement]) -> list[Measurement]:
+    """The same measurements, with the dataset in their titles if there are several."""
+    several = len({measurement.rules.data for measurement in measured}) > 1
+    return [replace(m, rules=replace(m.rules, names_data=several)) for m in measured]
 
 
 @dataclass(frozen=True, kw_only=True)
