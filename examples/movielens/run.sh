@@ -119,6 +119,6 @@ evaluation=$output/$model-$protocol-$equal_times
 step megarec-evaluate model="$(join "${measured[@]}")" data="$data" protocol="$rules" output="$evaluation"
 for report in "$evaluation.html" "$evaluation.md"; do
   step megarec-report runs="$(join "${runs[@]}")" evaluations="[$evaluation]" references="$published" output="$report" \
-    title="MovieLens $model $protocol, equal times: $equal_times"
+    title="MovieLens $model $protocol $equal_times"
 done
 printf '\nOpen %s.html in a browser.\n' "$evaluation"

