@@ -182,11 +182,12 @@ class TrainStream:
         return {name: sum(lane.counts[name] for lane in self._lanes) for name in COUNTS}
 
     def state(self) -> dict[str, Any]:
-        """The position of each lane by its number, as JSON. The states of all ranks together are one dict.
-
-        `progress` of a lane says how often its blocks were served, in epochs.
-        """
+        """The position of each lane by its number, as JSON. The states of all ranks together are one dict."""
         return {str(lane.number): {"stream": self._fingerprint, **lane.state()} for lane in self._lanes}
+
+    def epochs(self) -> float:
+        """How often the blocks of these lanes were served, summed over the lanes."""
+        return sum(lane.epochs() for lane in self._lanes)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues as the streams did whose `state` was taken; `state` may hold other lanes too.
@@ -236,8 +237,7 @@ class _Lane:
         return self._after.counts
 
     def state(self) -> dict[str, Any]:
-        progress = self._place.epoch + self._served_share()
-        return {**vars(self._place), "pack": self._pack, "number": self._num_served, "progress": progress}
+        return {**vars(self._place), "pack": self._pack, "number": self._num_served}
 
     def restore(self, state: dict[str, Any]) -> None:
         place = _Place(**{name: state[name] for name in ("epoch", "pool", "carried", "counts")})
@@ -253,15 +253,14 @@ class _Lane:
         self._num_served += 1
         return pack
 
-    def _served_share(self) -> float:
-        """The share of an epoch's blocks that lie before the next pack."""
+    def epochs(self) -> float:
         num_blocks = len(range(self.number, self._reader.num_blocks, self._config.lanes))
         before = self._place.pool * self._config.pool_blocks
         if self._pack == 0:
-            return before / num_blocks
+            return self._place.epoch + before / num_blocks
         here = min(self._config.pool_blocks, num_blocks - before)
         pool = self._pool or self._ahead.result()[0]
-        return (before + here * self._pack / len(pool.packs)) / num_blocks
+        return self._place.epoch + (before + here * self._pack / len(pool.packs)) / num_blocks
 
     def _seek(self, place: _Place, *, pack: int, num_served: int) -> None:
         self._place = self._after = place

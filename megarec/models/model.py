@@ -129,8 +129,9 @@ class RecModel(nn.Module):
             known += [self._sum_rows(events.next_item_rows, lookup)] if reads_item else []
         else:
             state = next_event(token_of_event(states, per_event, per_event - 2), events.cu_seqlens, self.slices)
-            own = [self._sum_rows(events.item_rows, lookup)] if reads_item else []
-            known += [next_event(item, events.cu_seqlens, self.slices) for item in own]
+            if reads_item:
+                item = self._sum_rows(events.item_rows, lookup)
+                known.append(next_event(item, events.cu_seqlens, self.slices))
         logits: dict[str, Tensor] = self.feedback(state, known)
         return logits
 

@@ -31,8 +31,8 @@ class Placement:
         split_dim: the dimension that is cut over tensor-parallel ranks, or None.
         offset: where this rank's piece starts along `split_dim`.
         replicated_over: the group kinds whose ranks hold an equal copy (`"tp"`, `"dp"`): a norm counts one.
-        grad_sum_over: the group kinds over which a gradient must still be summed (`"tp"` for parameters fed by
-            sequence shards).
+        grad_sum_over: the group kinds over which a gradient must still be summed (`"tp"` for whole parameters that meet
+            a slice of the tokens or some of the heads).
         init: how the whole parameter starts.
     """
 

@@ -23,16 +23,13 @@ class Slices:
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of `x` `[n, *]`; `count` divides n."""
-        if self.count == 1:
-            return x
-        size, rest = divmod(x.shape[0], self.count)
-        if rest:
-            raise AssertionError(f"{x.shape[0]} rows do not divide over {self.count} ranks")
-        return x.narrow(0, self.index * size, size)
+        return x if self.count == 1 else x[self.rows_of(len(x))]
 
     def rows_of(self, num_rows: int) -> slice:
         """The rows that `own` gives."""
-        size = num_rows // self.count
+        size, rest = divmod(num_rows, self.count)
+        if rest:
+            raise AssertionError(f"{num_rows} rows do not divide over {self.count} ranks")
         return slice(self.index * size, (self.index + 1) * size)
 
     def next_row(self, x: Tensor) -> Tensor:

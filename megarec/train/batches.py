@@ -79,10 +79,17 @@ class PackBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The packs of this rank in one step and the position of the stream after them."""
+    """The packs of this rank in one step and where the stream stands after them.
+
+    Attributes:
+        packs: the packs.
+        position: of each lane, from which a stream goes on.
+        epochs: how often the lanes were read, summed over them.
+    """
 
     packs: list[PackBatch]
     position: dict[str, Any]
+    epochs: float
 
     def slice(self, slices: Slices) -> "StepBatch":
         """What of the packs is this rank's, where ranks share them."""
@@ -215,7 +222,7 @@ class PackFeed:
 
     def _make_step(self) -> StepBatch:
         packs = [self._maker.make(pack) for pack in self._stream.next_step()]
-        return StepBatch(packs=packs, position=self._stream.state())
+        return StepBatch(packs=packs, position=self._stream.state(), epochs=self._stream.epochs())
 
 
 def _find_candidates(pack: Pack) -> tuple[Bool, Int64]:

@@ -36,7 +36,7 @@ def share_step(batch: StepBatch | None, group: Group) -> StepBatch:
         first, count = offsets[dtype], shape.numel()
         getattr(packs[pack], part)[name] = received[dtype][first : first + count].view(shape)
         offsets[dtype] = first + count
-    return StepBatch(packs=packs, position=layout["position"])
+    return StepBatch(packs=packs, position=layout["position"], epochs=layout["epochs"])
 
 
 def _tensors(batch: StepBatch) -> list[tuple[tuple[int, str, str], Tensor]]:
@@ -57,6 +57,7 @@ def _describe(batch: StepBatch) -> dict[str, Any]:
     return {
         "keys": [pack.key for pack in batch.packs],
         "position": batch.position,
+        "epochs": batch.epochs,
         "tensors": [(place, tensor.dtype, tensor.shape) for place, tensor in tensors],
         "sizes": sizes,
     }

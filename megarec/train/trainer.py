@@ -138,8 +138,7 @@ class Trainer:
         flops = float(sum(self._flops(pack) for pack in batch.packs))
         tokens = sum(pack.num_events for pack in batch.packs) * self.config.model.tokens_per_event
         tokens += sum(pack.num_windows for pack in batch.packs) * self.config.model.num_prefix_tokens
-        epochs = sum(lane["progress"] for lane in batch.position.values())
-        totals = torch.tensor([float(tokens), flops, epochs], dtype=torch.float64, device=self.groups.device)
+        totals = torch.tensor([float(tokens), flops, batch.epochs], dtype=torch.float64, device=self.groups.device)
         dist.all_reduce(totals, group=self.groups.data.process_group)
         epoch = float(totals[2]) / self.config.stream.lanes
         return Work(num_tokens=int(totals[0]), flops=float(totals[1]), epoch=epoch, waited_seconds=waited)

@@ -89,9 +89,10 @@ def test_a_restart_at_any_step_changes_nothing(tmp_path_factory: pytest.TempPath
     )
     try:
         reference = TrainStream(dataset, config, lanes=range(lanes))
-        states, steps = [], []
+        states, steps, epochs = [], [], []
         for _ in range(STEPS):
             states.append(json.dumps(reference.state()))
+            epochs.append(reference.epochs())
             steps.append(reference.next_step())
         counts = reference.counts
         reference.close()
@@ -102,6 +103,7 @@ def test_a_restart_at_any_step_changes_nothing(tmp_path_factory: pytest.TempPath
         stream = TrainStream(dataset, config, lanes=range(lanes))
         stream.restore(json.loads(states[step]))
         assert json.dumps(stream.state()) == states[step]
+        assert stream.epochs() == epochs[step]
         for packs in steps[step:]:
             assert_same_packs(stream.next_step(), packs)
         assert stream.counts == counts
@@ -140,28 +142,6 @@ def test_states_cover_carried_windows_and_pool_ends(dataset: Dataset) -> None:
     stream.close()
     assert min(seen["carried"], seen["at a pool's end"], seen["inside a pool"]) > 3
     assert seen["epochs"] >= 2
-
-
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_progress_grows_evenly_and_is_whole_at_the_end_of_an_epoch(dataset: Dataset, lanes: int) -> None:
-    config = config_of(lanes=lanes, pool_blocks=2)
-    stream = TrainStream(dataset, config, lanes=range(lanes))
-    num_blocks = BlockReader(dataset, "train").num_blocks
-    before = {str(lane): 0.0 for lane in range(lanes)}
-    pools = dict.fromkeys(before, (0, 0))
-    while min(before.values()) < 3:
-        assert {name: lane["progress"] for name, lane in stream.state().items()} == before
-        stream.next_step()
-        for name, lane in stream.state().items():
-            largest_pool = 2 / len(range(int(name), num_blocks, lanes))
-            assert before[name] < lane["progress"] <= before[name] + largest_pool
-            assert lane["epoch"] <= lane["progress"] <= lane["epoch"] + 1
-            at = (lane["epoch"], lane["pool"])
-            if at != pools[name]:  # into the next pool, from the very end of the last one
-                start = lane["epoch"] + 2 * lane["pool"] / len(range(int(name), num_blocks, lanes))
-                assert before[name] == pytest.approx(start) and lane["progress"] > start
-            before[name], pools[name] = lane["progress"], at
-    stream.close()
 
 
 @pytest.mark.parametrize(

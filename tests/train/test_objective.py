@@ -252,7 +252,7 @@ def test_a_target_that_nobody_knows_has_no_next_item_loss(dataset: Dataset) -> N
 def test_one_exchange_serves_all_packs(dataset: Dataset) -> None:
     first = World(dataset, OBJECTIVES["shared, standard"], SMALL_ARGUS).batch
     second = World(dataset, OBJECTIVES["per position"], SMALL_ARGUS).batch
-    step = StepBatch(packs=[first, second], position={})
+    step = StepBatch(packs=[first, second], position={}, epochs=0.0)
     flat = step.all_rows()
     for pack, pieces in zip(step.packs, step.split(flat * 10), strict=True):
         for part in ROW_PARTS:
