@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from megarec.base.config import plain
 from megarec.base.errors import UserError
 from megarec.base.files import read_records
-from megarec.base.progress import say
 from megarec.cli.command import run
 from megarec.inference.baselines.config import BaselineConfig
 from megarec.metrics.protocol import PROTOCOLS, Protocol
@@ -157,16 +156,13 @@ def named(paths: Sequence[str]) -> dict[str, str]:
 def protocol_of(models: Collection[Trained], protocol: Protocol) -> Protocol:
     """`protocol` with the window of `models` where it leaves it to them.
 
-    Says where it reads longer histories than a model was trained on, which learned positions do not know.
-
     Raises:
         UserError: they read histories of different lengths.
     """
     windows = sorted({trained.max_history_events for trained in models})
     if protocol.max_history_events is not None or not windows:
-        asked = protocol.max_history_events or 0
-        if windows and windows[0] < asked:
-            say(f"note: histories of {asked} events for a model trained on windows of {windows[0]}")
+        if windows:
+            protocol.say_of_longer_histories(windows[0])
         return protocol
     if len(windows) > 1:
         what = f"the models read {' and '.join(map(str, windows))} events of a history, and one table has one protocol"

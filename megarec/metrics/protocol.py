@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megarec.base.errors import UserError
+from megarec.base.progress import say
 from megarec.data.dataset import AskedSplit, Dataset
 
 Name = Literal["default", "hstu_public", "full_filter", "gsasrec", "yambda"]
@@ -93,6 +94,12 @@ class Protocol:
         values = {name: getattr(self, name) for name in self.changed}
         shown = {name: f"[{','.join(v)}]" if isinstance(v, tuple) else v for name, v in values.items()}
         return ", ".join([self.name, *(f"{name}={value}" for name, value in shown.items())])
+
+    def say_of_longer_histories(self, trained: int) -> None:
+        """Says where it reads histories longer than `trained` events, which learned positions do not know."""
+        asked = self.max_history_events or 0
+        if asked > trained:
+            say(f"note: histories of up to {asked} events for a model trained on at most {trained}")
 
     def check(self, dataset: Dataset) -> None:
         """Refuses a dataset that cannot serve this protocol.

@@ -117,7 +117,7 @@ def check_best(config: TrainConfig) -> None:
 
 
 def check_evaluation(config: TrainConfig, dataset: Dataset) -> None:
-    """The dataset can serve the protocol, the model can read its window, and it measures what names the best."""
+    """The dataset can serve the protocol, and it measures what names the best."""
     if not config.evaluate_every_steps:
         return
     config.protocol.check(dataset)

@@ -33,7 +33,7 @@ def test_one_table_has_one_window() -> None:
 
 def test_a_window_longer_than_any_in_training_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     protocol_of([TRAINED, replace(TRAINED, max_history_events=200)], PROTOCOLS["hstu_public"])
-    assert "histories of 200 events for a model trained on windows of 12" in "".join(capsys.readouterr())
+    assert "histories of up to 200 events for a model trained on at most 12" in "".join(capsys.readouterr())
     protocol_of([replace(TRAINED, max_history_events=200)], PROTOCOLS["hstu_public"])
     assert not any(capsys.readouterr())
 

@@ -70,3 +70,9 @@ def test_what_was_measured_by_other_rules_does_not_compare(tmp_path: Path, rules
     write_world(tmp_path / "data", num_users=60)
     assert best_of_run(tmp_path, num_steps=6) == "step-00000004"
     assert best_of_run(tmp_path, num_steps=14, **rules) == "step-00000010"
+
+
+def test_histories_longer_than_any_in_training_are_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path / "data", num_users=60)
+    best_of_run(tmp_path, num_steps=4, num_ranks=2, protocol={"max_history_events": 13})
+    assert capfd.readouterr().out.count("note: histories of up to 13 events for a model trained on at most 12") == 1

@@ -47,6 +47,8 @@ class EvaluationHook(Hook):
         path = self._run_dir / "evaluations.jsonl"
         if trainer.groups.world.rank == 0:
             keep_until(path, trainer.step)
+            if trainer.config.evaluate_every_steps:
+                trainer.config.protocol.say_of_longer_histories(trainer.config.max_history_events)
             if metric:
                 # what other rules measured does not compare
                 rules = _rules(trainer.config).items()
