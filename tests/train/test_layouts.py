@@ -220,12 +220,13 @@ def test_fp32_losses_with_adam(world: Path, tmp_path: Path, model: dict[str, Any
         assert abs(a - b) <= 1e-6 * max(1.0, abs(a))
 
 
-def test_bf16_stays_close_to_fp32(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS.values()], ids=["dp2", *LAYOUTS])
+def test_bf16_stays_close_to_fp32(world: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
     fp32 = make_config(world, tmp_path, num_steps=20)
     (exact,) = run_ranks(losses_fp32, 1, fp32)
     bf16 = build(TrainConfig, {**plain(fp32), "precision": "bf16"})
     (one,) = run_ranks(losses_fp32, 1, bf16)
-    two, _ = run_ranks(losses_fp32, 2, bf16)
+    two, _ = run_ranks(losses_fp32, 2, replace(bf16, layout=build(LayoutConfig, layout)))
     error_one = max(abs(a - b) for a, b in zip(exact, one, strict=True))
     error_two = max(abs(a - b) for a, b in zip(exact, two, strict=True))
     assert 0 < error_one < 0.2
