@@ -2,8 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from megarec_kernels.hstu_attention import hstu_attention
-from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig
@@ -36,6 +34,7 @@ class HstuBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.hstu_attention, self.softmax_attention = parts.hstu_attention, parts.softmax_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
         uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
@@ -70,15 +69,15 @@ class HstuBlock(nn.Module):
         if config.silu_on == "u":
             u = F.silu(u)
         attention = self._attend(q, k, v, tokens)
-        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.randomness))
+        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.inner_randomness))
         return x + out if config.residual else out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":
-            return softmax_attention(
+            return self.softmax_attention(
                 q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan, visibility=tokens.visibility
             )
-        return hstu_attention(
+        return self.hstu_attention(
             q,
             k,
             v,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 
 from megarec.layers.config import SasrecBlockConfig
@@ -36,6 +35,7 @@ class SasrecBlock(nn.Module):
         self, config: SasrecBlockConfig, *, width: int, layer: int, max_tokens: int, dropout: float, parts: Parts
     ) -> None:
         super().__init__()
+        self.attention = parts.softmax_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         self.activation = ACTIVATIONS[config.activation]
@@ -46,7 +46,7 @@ class SasrecBlock(nn.Module):
         self.key_value = parts.column_linear(width, 2 * width, bias=True, std=input_std)
         self.attention_out = parts.row_linear(width, width, bias=True, std=width**-0.5)
         self.attention_dropout = AttentionDropout(
-            dropout, layer=layer, heads=range(config.num_heads)[parts.own_part(config.num_heads)], max_tokens=max_tokens
+            dropout, layer=layer, heads=parts.attention_heads(config.num_heads), max_tokens=max_tokens
         )
         self.up = parts.column_linear(width, hidden, bias=True, std=hidden_std, bias_bound=width**-0.5)
         self.hidden_dropout = Dropout(dropout, layer=layer, site="hidden", part=parts.tp_rank, num_parts=parts.tp_size)
@@ -58,7 +58,7 @@ class SasrecBlock(nn.Module):
         normed = self.norm(x)
         q = self.query(normed).view(-1, self.local_heads, self.head_width)
         k, v = self.key_value(x).view(-1, self.local_heads, 2 * self.head_width).split(self.head_width, dim=2)
-        attention = softmax_attention(
+        attention = self.attention(
             q,
             k,
             v,
@@ -69,5 +69,5 @@ class SasrecBlock(nn.Module):
             weigh=self.attention_dropout(tokens.randomness),
         )
         y = self.norm(normed + self.attention_out(attention.flatten(1)))
-        hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.randomness)
+        hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.inner_randomness)
         return y + self.output_dropout(self.down(hidden), tokens.outer_randomness)

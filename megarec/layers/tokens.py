@@ -22,7 +22,8 @@ class Tokens:
         timestamp: `[T]` int64, seconds.
         query_timestamp: `[T]` int64, the time at which the state of the token is asked: the next token's.
         randomness: of dropout, by token.
-        outer_randomness: the same for those tokens that this rank has between the split maps of a block.
+        inner_randomness: the same for those tokens that this rank has inside the split maps of a block.
+        outer_randomness: for those that it has between them.
         plan: how attention cuts the histories into tiles; made once for all blocks.
         time_buckets: the bucket of the time between any two tokens, for blocks with a time bias.
         visibility: which earlier tokens a token sees; None: all of its history.
@@ -33,6 +34,7 @@ class Tokens:
     timestamp: Tensor
     query_timestamp: Tensor
     randomness: Randomness | None
+    inner_randomness: Randomness | None
     outer_randomness: Randomness | None
     plan: TilePlan
     time_buckets: TimeBuckets | None = None
@@ -123,6 +125,7 @@ def split_events(
         timestamp=times[0],
         query_timestamp=times[1],
         randomness=randomness,
+        inner_randomness=randomness,
         outer_randomness=randomness,
         plan=plan_tiles(cu_tokens),
         visibility=visibility,

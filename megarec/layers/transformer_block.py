@@ -1,7 +1,6 @@
 """The pre-norm transformer block of ARGUS."""
 
 import torch.nn.functional as F
-from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 
 from megarec.layers.config import TransformerBlockConfig
@@ -33,6 +32,7 @@ class TransformerBlock(nn.Module):
         parts: Parts,
     ) -> None:
         super().__init__()
+        self.attention = parts.softmax_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         hidden, std, out_std = config.feed_forward_multiple * width, 0.02, 0.02 / (2 * num_layers) ** 0.5
@@ -50,7 +50,7 @@ class TransformerBlock(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).view(-1, self.local_heads, 3 * self.head_width)
         q, k, v = qkv.split(self.head_width, dim=2)
         scale = self.head_width**-0.5
-        attention = softmax_attention(
+        attention = self.attention(
             q, k, v, tokens.cu_seqlens, scale=scale, plan=tokens.plan, visibility=tokens.visibility
         )
         x = x + self.attention_dropout(self.attention_out(attention.flatten(1)), tokens.outer_randomness)

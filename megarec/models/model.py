@@ -54,7 +54,7 @@ class RecModel(nn.Module):
         self.config = config
         self.shape = shape
         self.input_scale = input_scale
-        self.slices = parts.slices
+        self.slices, self.inner_slices = parts.slices, parts.inner_slices
         self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
         self.sequence_parallel = parts.sequence_parallel
         self.input_map = (
@@ -151,9 +151,11 @@ class RecModel(nn.Module):
             num_prefix=self.config.num_prefix_tokens,
             num_candidates=events.num_candidates,
         )
-        if not self.sequence_parallel or tokens.randomness is None:
+        if tokens.randomness is None:
             return tokens
-        return replace(tokens, outer_randomness=tokens.randomness.of(self.slices))
+        inner = tokens.randomness.of(self.inner_slices)
+        outer = tokens.randomness.of(self.slices) if self.sequence_parallel else inner
+        return replace(tokens, inner_randomness=inner, outer_randomness=outer)
 
     def _embed(self, events: Events, lookup: Lookup) -> Tensor:
         """The input of the first block, `[T * tokens_per_event, D]`."""

@@ -5,15 +5,15 @@ import numpy as np
 from megarec.base.jagged import Int64
 from megarec.models.argus.config import ArgusConfig
 from megarec.models.argus.flops import block_flops as argus_block_flops
-from megarec.models.argus.parallelize import build as build_argus
+from megarec.models.argus.model import Argus
 from megarec.models.choice import ModelConfig
 from megarec.models.flops import count_pairs, ends_flops
 from megarec.models.hstu.flops import block_flops as hstu_block_flops
-from megarec.models.hstu.parallelize import build as build_hstu
+from megarec.models.hstu.model import Hstu
 from megarec.models.model import RecModel
 from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.sasrec.flops import block_flops as sasrec_block_flops
-from megarec.models.sasrec.parallelize import build as build_sasrec
+from megarec.models.sasrec.model import Sasrec
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
 from megarec.parallel.placement import name_parameters
@@ -22,11 +22,11 @@ from megarec.parallel.placement import name_parameters
 def build_model(config: ModelConfig, shape: InputShape, parts: Parts) -> RecModel:
     """The model that `config` describes, its parameters named and placed; `placement.initialize` fills them."""
     if isinstance(config, ArgusConfig):
-        model: RecModel = build_argus(config, shape, parts)
+        model: RecModel = Argus(config, shape, parts)
     elif isinstance(config, SasrecConfig):
-        model = build_sasrec(config, shape, parts)
+        model = Sasrec(config, shape, parts)
     else:
-        model = build_hstu(config, shape, parts)
+        model = Hstu(config, shape, parts)
     name_parameters(model)
     return model
 

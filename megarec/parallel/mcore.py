@@ -25,6 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
+    all_to_all,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "ParamPredicate",
     "RowParallelLinear",
     "TransformerConfig",
+    "all_to_all",
     "finalize_model_grads",
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",

@@ -7,9 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from megarec_kernels.hstu_attention import hstu_attention
+from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from megarec.parallel.context.heads import by_heads
 from megarec.parallel.groups import ParallelGroups
 from megarec.parallel.mcore import (
     ColumnParallelLinear,
@@ -24,25 +27,35 @@ from megarec.parallel.slices import Slices
 
 
 def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
-    """Parts whose split maps are Megatron-Core's, on the tensor-parallel ranks of `groups`."""
-    tensor = groups.tensor
-    gather = partial(gather_from_sequence_parallel_region, group=tensor.process_group)
+    """Parts whose split maps are Megatron-Core's and whose attention sees the tokens of all ranks of a replica."""
+    tensor, context = groups.tensor, groups.context
     parts = Parts(
         linear=Linear,
         column_linear=partial(ColumnLinear, groups=groups, config=config),
         row_linear=partial(RowLinear, groups=groups, config=config),
-        slices=Slices(index=tensor.rank, count=tensor.size, gather=gather),
+        hstu_attention=by_heads(hstu_attention, context),
+        softmax_attention=by_heads(softmax_attention, context),
+        slices=Slices(
+            index=groups.slices.rank,
+            count=groups.slices.size,
+            gather=partial(gather_from_sequence_parallel_region, group=groups.slices.process_group),
+        ),
+        inner_slices=Slices(index=context.rank, count=context.size),
         sum_over_heads=partial(all_reduce, group=tensor.process_group),
         sequence_parallel=groups.layout.sequence_parallel,
         tp_size=tensor.size,
         tp_rank=tensor.rank,
+        cp_size=context.size,
+        cp_rank=context.rank,
     )
     if tensor.size == 1 or parts.sequence_parallel:
         return parts
     # Every rank computes the gradient of all tokens, so each takes its slice of it and nothing is summed.
     return replace(
         parts,
-        enter_blocks=partial(gather, tensor_parallel_output_grad=False),
+        enter_blocks=partial(
+            gather_from_sequence_parallel_region, group=tensor.process_group, tensor_parallel_output_grad=False
+        ),
         leave_blocks=partial(scatter_to_sequence_parallel_region, group=tensor.process_group),
     )
 

@@ -3,9 +3,10 @@
 A model file names parts and never asks which filling it got. `T` packed tokens, `N` heads; a part that is split
 over tensor-parallel ranks says so in its name, and its local sizes are the global ones divided by `tp_size`.
 
-Before and behind the blocks every tensor-parallel rank has its slice of the tokens: it asks the tables for the rows
+Before and behind the blocks every rank that shares a pack has its slice of the tokens: it asks the tables for the rows
 of these alone, and no gradient is computed twice. Between the split maps of a block it has the same slice with sequence
-parallelism, and all tokens without.
+parallelism; without, the slices of all tensor-parallel ranks of its context-parallel rank. Inside them it has the
+latter always. Attention sees all tokens, whoever holds them.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from megarec_kernels.hstu_attention import hstu_attention
+from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 
 from megarec.parallel.placement import Init, Placement, place
@@ -36,25 +39,41 @@ class Parts:
         linear: a linear map that every rank holds whole.
         column_linear: one whose output features are split over tensor-parallel ranks: every token, local features.
         row_linear: one whose input features are split; its output is summed over tensor-parallel ranks.
+        hstu_attention: as the kernel of this name, but for q, k and v, which hold this context-parallel rank's tokens.
+        softmax_attention: likewise.
         slices: which tokens this rank has before and behind the blocks.
+        inner_slices: which it has between the two split maps of a block's half.
         enter_blocks: from this rank's slice of the tokens, `[T / ranks, D]`, to what blocks take.
         leave_blocks: the way back.
         sum_over_heads: the sum over tensor-parallel ranks, of values and of gradients.
         sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
         tp_rank: which of them this one is.
+        cp_size: the number of context-parallel ranks over which attention spreads the heads of a tensor-parallel rank.
+        cp_rank: which of them this one is.
     """
 
     linear: MakeLinear
     column_linear: MakeLinear
     row_linear: MakeLinear
+    hstu_attention: Callable[..., Tensor] = hstu_attention
+    softmax_attention: Callable[..., Tensor] = softmax_attention
     slices: Slices = field(default_factory=Slices)
+    inner_slices: Slices = field(default_factory=Slices)
     enter_blocks: Callable[[Tensor], Tensor] = lambda x: x
     leave_blocks: Callable[[Tensor], Tensor] = lambda x: x
     sum_over_heads: Callable[[Tensor], Tensor] = lambda x: x
     sequence_parallel: bool = False
     tp_size: int = 1
     tp_rank: int = 0
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    def attention_heads(self, num_heads: int) -> range:
+        """The heads, of `num_heads`, whose scores this rank computes."""
+        own = range(num_heads)[self.own_part(num_heads)]
+        count = len(own) // self.cp_size
+        return own[self.cp_rank * count : (self.cp_rank + 1) * count]
 
     def own_part(self, size: int) -> slice:
         """This rank's part of `size` heads, or of channels laid out head by head."""

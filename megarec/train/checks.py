@@ -4,6 +4,7 @@ from megarec.base.errors import UserError, nearest
 from megarec.data.dataset import Dataset
 from megarec.data.stream import StreamConfig
 from megarec.models.hstu.config import HstuConfig
+from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.shape import input_shape
 from megarec.parallel.layout import LayoutConfig
 from megarec.train.config import TrainConfig
@@ -14,6 +15,7 @@ ALIGNMENT = 16
 def check_run(config: TrainConfig, *, world: int) -> None:
     """Refuses what the configuration alone rules out, before any process group is made."""
     check_layout(config.layout)
+    check_heads(config)
     check_stream(config)
     check_lanes(config, world=world)
     check_pack_size(config)
@@ -23,12 +25,27 @@ def check_run(config: TrainConfig, *, world: int) -> None:
 
 
 def check_layout(layout: LayoutConfig) -> None:
-    """This version trains with tensor, sequence and data parallelism and tables sharded over all ranks."""
-    if layout.pipeline * layout.context > 1:
+    """This version trains with tensor, sequence, context and data parallelism and tables sharded over all ranks."""
+    if layout.pipeline > 1:
+        raise UserError("stages are not in this version", where="layout", fix="Set pipeline=1")
+
+
+def check_heads(config: TrainConfig) -> None:
+    """Whole heads and whole channels on every rank that splits a block."""
+    layout, block = config.layout, config.model.block
+    ranks = layout.tensor * layout.context
+    if block.num_heads % ranks:
+        possible = [str(n) for n in range(1, block.num_heads + 1) if block.num_heads % n == 0]
         raise UserError(
-            "stages and context-parallel ranks are not in this version",
+            f"{block.num_heads} heads do not divide over {ranks} ranks (tensor x context)",
             where="layout",
-            fix="Set pipeline=context=1",
+            fix=f"tensor x context can be {' or '.join(possible)}",
+        )
+    if isinstance(config.model, SasrecConfig) and config.model.block.feed_forward_width % layout.tensor:
+        raise UserError(
+            f"{config.model.block.feed_forward_width} channels do not divide over {layout.tensor} ranks",
+            where="layout.tensor",
+            fix="Change it, or model.block.feed_forward_width",
         )
 
 

@@ -29,7 +29,7 @@ def save(writer: CheckpointWriter, trainer: Trainer) -> None:
         "table_updates": trainer.machinery.tables.step,
         "first_row": trainer.machinery.tables.first_row,
     }
-    dense = _dense_pieces(trainer) if trainer.groups.data.rank == 0 else []
+    dense = _dense_pieces(trainer) if max(trainer.groups.data.rank, trainer.groups.context.rank) == 0 else []
     pieces = [*dense, *_table_pieces(trainer.machinery.tables, trainer)]
     writer.start(trainer.step, pieces, state=state, config=plain(trainer.config))
 

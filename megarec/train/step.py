@@ -67,7 +67,7 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
     m = machinery
     fetched = m.tables.fetch(batch.all_rows().to(m.groups.device))
     counts = m.objective.count_targets(batch.packs)
-    for group in (m.groups.tensor, m.groups.data):
+    for group in (m.groups.slices, m.groups.data):
         dist.all_reduce(counts, group=group.process_group)
     work = zip(batch.packs, batch.split(fetched.index), strict=True)
     reports = run_schedule(
@@ -89,5 +89,5 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
         m.tables.update(owned, lr=learning_rate, scale=coefficient)
     m.optimizer.zero()
     losses = torch.stack([torch.stack([r[name] for name in m.objective.names]) for r in reports]).sum(0)
-    dist.all_reduce(losses, group=m.groups.tensor.process_group)
+    dist.all_reduce(losses, group=m.groups.slices.process_group)
     return StepResult(losses=losses, grad_norm=norm, updated=updated)

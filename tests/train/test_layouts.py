@@ -143,6 +143,7 @@ def test_two_ranks_equal_one(world: Path, tmp_path: Path, name: str) -> None:
 LAYOUTS = {
     "tp2": {"tensor": 2},
     "tp2 sp": {"tensor": 2, "sequence_parallel": True},
+    "cp2": {"context": 2},
 }
 
 
