@@ -55,12 +55,14 @@ class PrefixPlaces:
         prefix: `[B * P]`, the places of the prefixes' tokens.
         event: `[L]`, the places of the tokens of living events.
         num_tokens: all tokens; what is named nowhere is dead.
+        num_event_tokens: the tokens of events before the prefixes came, those of dead ones too.
     """
 
     cu_seqlens: Tensor
     prefix: Tensor
     event: Tensor
     num_tokens: int
+    num_event_tokens: int
 
     def merge(self, prefix: Tensor, event: Tensor) -> Tensor:
         """Rows of prefixes `[B * P, *]` and of events `[T * k, *]` in their places, `[num_tokens, *]`; others are 0."""
@@ -68,10 +70,10 @@ class PrefixPlaces:
         places, rows = torch.cat([self.prefix, self.event]), torch.cat([prefix, event[: len(self.event)]])
         return merged.index_copy(0, places, rows)
 
-    def events_of(self, merged: Tensor, num_tokens: int) -> Tensor:
-        """The rows of events, `[num_tokens, *]` with zeros for the dead: the way back of `merge`."""
+    def events_of(self, merged: Tensor) -> Tensor:
+        """The rows of events, `[num_event_tokens, *]` with zeros for the dead: the way back of `merge`."""
         rows = merged.index_select(0, self.event)
-        return torch.cat([rows, merged.new_zeros(num_tokens - len(rows), *merged.shape[1:])])
+        return torch.cat([rows, merged.new_zeros(self.num_event_tokens - len(rows), *merged.shape[1:])])
 
 
 def place_prefixes(cu_seqlens: Tensor, *, per_event: int, num_prefix: int, num_events: int) -> PrefixPlaces:
@@ -85,7 +87,13 @@ def place_prefixes(cu_seqlens: Tensor, *, per_event: int, num_prefix: int, num_e
     event = torch.arange(int(cu_seqlens[-1]) * per_event, device=cu_seqlens.device)
     event = event + (torch.searchsorted(cu_seqlens * per_event, event, right=True)) * num_prefix
     num_tokens = max(num_events * per_event, int(cu_tokens[-1]))
-    return PrefixPlaces(cu_seqlens=cu_tokens, prefix=prefix.flatten(), event=event, num_tokens=num_tokens)
+    return PrefixPlaces(
+        cu_seqlens=cu_tokens,
+        prefix=prefix.flatten(),
+        event=event,
+        num_tokens=num_tokens,
+        num_event_tokens=num_events * per_event,
+    )
 
 
 def split_events(

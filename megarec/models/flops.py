@@ -6,6 +6,8 @@ counts the pairs it needs, n(n + 1)/2 of a history of n tokens without candidate
 softmaxes and dead padding count nothing.
 """
 
+from dataclasses import dataclass
+
 from megarec.base.jagged import Int64
 from megarec.models.config import SequenceConfig
 from megarec.models.shape import InputShape, known_at_feedback
@@ -33,30 +35,45 @@ def count_pairs(lengths: Int64, num_candidates: Int64, *, per_event: int) -> int
     return int((before * (before + 1) // 2 + num_candidates * candidate).sum())
 
 
-def ends_flops(
-    config: SequenceConfig,
-    shape: InputShape,
-    *,
-    num_events: int,
-    num_tokens: int,
-    num_item_vectors: int,
-    num_scores: int,
+@dataclass(frozen=True, kw_only=True)
+class PackFlops:
+    """What a pack costs in training.
+
+    Attributes:
+        begin: what lies before the blocks.
+        layer: one block.
+        end: what lies behind the blocks.
+    """
+
+    begin: int
+    layer: int
+    end: int
+
+    def total(self, num_layers: int) -> int:
+        """The whole model."""
+        return self.begin + num_layers * self.layer + self.end
+
+
+def begin_flops(config: SequenceConfig, *, num_tokens: int) -> int:
+    """What lies before the blocks: the input map."""
+    return linear_flops(num_tokens, config.table_width, config.width) if config.table_width != config.width else 0
+
+
+def end_flops(
+    config: SequenceConfig, shape: InputShape, *, num_events: int, num_item_vectors: int, num_scores: int
 ) -> int:
-    """What lies before and behind the blocks: input map, query, item tower, scores, feedback heads.
+    """What lies behind the blocks: query, item tower, scores, feedback heads.
 
     Args:
         config: the settings of the model.
         shape: its input and output.
         num_events: events of the pack, each of which asks for its successor.
-        num_tokens: tokens of the pack.
         num_item_vectors: those that are made.
         num_scores: pairs of query and item vector that are scored.
     """
     width, table_width, heads = config.width, config.table_width, config.heads
     context_width = table_width if shape.context else 0
     flops = FORWARD_AND_BACKWARD * 2 * num_scores * heads.query_width
-    if table_width != width:
-        flops += linear_flops(num_tokens, table_width, width)
     if heads.query_context:
         flops += _mlp_flops(num_events, width + context_width, heads.hidden_width, out_width=heads.query_width)
     if heads.item_tower == "linear":

@@ -1,6 +1,6 @@
 """What every model is made of: events to tokens, blocks, and the heads that read the states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from megarec.models.inputs import Events, Lookup
 from megarec.models.shape import InputShape, known_at_feedback
 from megarec.parallel.parts import Parts
 from megarec.parallel.placement import place, placement_of
+from megarec.parallel.stages import Stage
 
 INPUT_LAYER = -1  # dropout of the input counts as a layer before the first
 
@@ -36,6 +37,9 @@ class RecModel(nn.Module):
     event t + 1's item token, which has seen both (and i_{t+1} once more for the product with it), so the next event
     must be in the pack. The sequence of blocks and
     the norm behind them are the subclasses'.
+
+    A pipeline stage holds a piece of it: what lies before the blocks (input map, positions) on the first, what lies
+    behind them (norm, heads) on the last, and its own layers.
     """
 
     def __init__(
@@ -43,8 +47,9 @@ class RecModel(nn.Module):
         config: SequenceConfig,
         shape: InputShape,
         parts: Parts,
+        stage: Stage,
         *,
-        blocks: Sequence[nn.Module],
+        blocks: Mapping[int, nn.Module],
         final_norm: nn.Module | None,
         input_scale: float,
         position_std: float,
@@ -53,27 +58,33 @@ class RecModel(nn.Module):
         width, table_width = config.width, config.table_width
         self.config = config
         self.shape = shape
+        self.stage = stage
         self.input_scale = input_scale
         self.slices, self.inner_slices = parts.slices, parts.inner_slices
         self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
         self.sequence_parallel = parts.sequence_parallel
         self.input_map = (
-            parts.linear(table_width, width, bias=False, std=table_width**-0.5) if table_width != width else None
+            parts.linear(table_width, width, bias=False, std=table_width**-0.5)
+            if stage.first and table_width != width
+            else None
         )
         self.position = (
-            PositionEmbedding(config.max_positions, width, std=position_std) if config.position_embedding else None
+            PositionEmbedding(config.max_positions, width, std=position_std)
+            if stage.first and config.position_embedding
+            else None
         )
         self.input_dropout = Dropout(config.dropout, layer=INPUT_LAYER, site="input")
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleDict({str(layer): block for layer, block in blocks.items()})
         self.final_norm = final_norm
-        context_width = table_width if shape.context else 0
-        self.query = NextItemQuery(config.heads, width=width, context_width=context_width, parts=parts)
-        self.item_tower = ItemTower(config.heads, table_width=table_width, parts=parts)
-        known_width = known_at_feedback(config, shape).count(True) * table_width
-        self.feedback = FeedbackHeads(
-            shape.feedback_heads, config.heads, width=width, known_width=known_width, parts=parts
-        )
-        self.temperature = InverseTemperature(config.heads)
+        if stage.last:
+            context_width = table_width if shape.context else 0
+            self.query = NextItemQuery(config.heads, width=width, context_width=context_width, parts=parts)
+            self.item_tower = ItemTower(config.heads, table_width=table_width, parts=parts)
+            known_width = known_at_feedback(config, shape).count(True) * table_width
+            self.feedback = FeedbackHeads(
+                shape.feedback_heads, config.heads, width=width, known_width=known_width, parts=parts
+            )
+            self.temperature = InverseTemperature(config.heads)
         # What lies before and behind the blocks meets this rank's slice of the tokens alone.
         for name, parameter in self.named_parameters():
             if not name.startswith("blocks."):
@@ -84,23 +95,26 @@ class RecModel(nn.Module):
         """Whether the state of a history depends on the time at which it is asked about what comes next."""
         return False
 
-    def encode(self, events: Events, lookup: Lookup) -> Tensor:
+    @property
+    def row_parts(self) -> frozenset[str]:
+        """Which rows this piece of the model looks up: names of `inputs.EVENT_PARTS`, and `candidates`."""
+        parts = {"prefix", "context", "item", "feedback"} if self.stage.first else set()
+        if self.stage.last:
+            parts |= {"next_context", "next_item", "candidates"}
+            parts |= {"item"} if self.config.tokens_per_event > 1 else set()  # the feedback heads read it once more
+        return frozenset(parts)
+
+    def encode(self, events: Events, lookup: Lookup, received: Tensor | None = None) -> Tensor:
         """The states of all events' tokens, `[T * tokens_per_event, D]`: what the other methods take as `states`.
 
-        Where ranks share a pack, of this rank's slice of the events.
+        Where ranks share a pack, of this rank's slice of the events. A stage takes what the stage before `received`
+        made of the pack (None: it is the first) and makes what the next one takes; the last makes the states.
         """
-        tokens, x = self._tokens(events), self._embed(events, lookup)
-        if tokens.places is not None:  # its tokens move across the slices
-            whole = self.slices.gather(x)
-            x = self.slices.own(tokens.places.merge(self._embed_prefix(events, lookup), whole))
-        x = self.input_dropout(x, None if tokens.randomness is None else tokens.randomness.of(self.slices))
-        x = self.enter_blocks(x)
-        for block in self.blocks:
+        tokens = self._tokens(events)
+        x = self._begin(events, tokens, lookup) if received is None else received
+        for block in self.blocks.values():
             x = block(x, tokens)
-        x = self.leave_blocks(x)
-        if tokens.places is not None:
-            x = self.slices.own(tokens.places.events_of(self.slices.gather(x), len(whole)))
-        return x if self.final_norm is None else self.final_norm(x)
+        return self._end(x, tokens) if self.stage.last else x
 
     def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:
         """Queries `[T, Dq]` for the item of the next event; `inverse_temperature` times query·item is the score."""
@@ -139,6 +153,22 @@ class RecModel(nn.Module):
         """What query·item is multiplied by: a scalar."""
         scale: Tensor = self.temperature(next(self.parameters()).device)
         return scale
+
+    def _begin(self, events: Events, tokens: Tokens, lookup: Lookup) -> Tensor:
+        """From rows to what the blocks take."""
+        x = self._embed(events, lookup)
+        if tokens.places is not None:  # its tokens move across the slices
+            merged = tokens.places.merge(self._embed_prefix(events, lookup), self.slices.gather(x))
+            x = self.slices.own(merged)
+        x = self.input_dropout(x, None if tokens.randomness is None else tokens.randomness.of(self.slices))
+        return self.enter_blocks(x)
+
+    def _end(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """From what the blocks give to states."""
+        x = self.leave_blocks(x)
+        if tokens.places is not None:
+            x = self.slices.own(tokens.places.events_of(self.slices.gather(x)))
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _tokens(self, events: Events) -> Tokens:
         """What the blocks know about the tokens."""

@@ -7,7 +7,7 @@ from megarec.models.argus.config import ArgusConfig
 from megarec.models.argus.flops import block_flops as argus_block_flops
 from megarec.models.argus.model import Argus
 from megarec.models.choice import ModelConfig
-from megarec.models.flops import count_pairs, ends_flops
+from megarec.models.flops import PackFlops, begin_flops, count_pairs, end_flops
 from megarec.models.hstu.flops import block_flops as hstu_block_flops
 from megarec.models.hstu.model import Hstu
 from megarec.models.model import RecModel
@@ -17,21 +17,26 @@ from megarec.models.sasrec.model import Sasrec
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
 from megarec.parallel.placement import name_parameters
+from megarec.parallel.stages import Stage
 
 
-def build_model(config: ModelConfig, shape: InputShape, parts: Parts) -> RecModel:
-    """The model that `config` describes, its parameters named and placed; `placement.initialize` fills them."""
+def build_model(config: ModelConfig, shape: InputShape, parts: Parts, stage: Stage | None = None) -> RecModel:
+    """The model that `config` describes, or the piece of it that `stage` names.
+
+    Its parameters are named and placed; `placement.initialize` fills them.
+    """
+    stage = stage or Stage(layers=range(config.num_layers))
     if isinstance(config, ArgusConfig):
-        model: RecModel = Argus(config, shape, parts)
+        model: RecModel = Argus(config, shape, parts, stage)
     elif isinstance(config, SasrecConfig):
-        model = Sasrec(config, shape, parts)
+        model = Sasrec(config, shape, parts, stage)
     else:
-        model = Hstu(config, shape, parts)
+        model = Hstu(config, shape, parts, stage)
     name_parameters(model)
     return model
 
 
-def train_flops(
+def pack_flops(
     config: ModelConfig,
     shape: InputShape,
     cu_seqlens: Int64,
@@ -39,7 +44,7 @@ def train_flops(
     num_item_vectors: int,
     num_scores: int,
     num_candidates: Int64 | None = None,
-) -> int:
+) -> PackFlops:
     """Floating-point operations of one training pass over one pack, counted as `megarec.models.flops` says.
 
     Args:
@@ -56,17 +61,12 @@ def train_flops(
     candidates = np.zeros_like(lengths) if num_candidates is None else num_candidates
     num_tokens, num_pairs = int(lengths.sum()), count_pairs(lengths, candidates, per_event=per_event)
     if isinstance(config, ArgusConfig):
-        block = argus_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
+        layer = argus_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
     elif isinstance(config, SasrecConfig):
-        block = sasrec_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
+        layer = sasrec_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
     else:
-        block = hstu_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
-    ends = ends_flops(
-        config,
-        shape,
-        num_events=int(cu_seqlens[-1]),
-        num_tokens=num_tokens,
-        num_item_vectors=num_item_vectors,
-        num_scores=num_scores,
+        layer = hstu_block_flops(config, num_tokens=num_tokens, num_pairs=num_pairs)
+    end = end_flops(
+        config, shape, num_events=int(cu_seqlens[-1]), num_item_vectors=num_item_vectors, num_scores=num_scores
     )
-    return config.num_layers * block + ends
+    return PackFlops(begin=begin_flops(config, num_tokens=num_tokens), layer=layer, end=end)

@@ -1,6 +1,6 @@
 """AdamW over the dense weights: Megatron-Core's optimizer, taken apart so that the step can order it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,16 @@ class DenseOptimizer:
 
     Args:
         groups: who takes part.
-        model: from `wrap_ddp`.
+        chunks: from `wrap_ddp`.
         settings: of AdamW; the schedule and clipping belong to the caller.
     """
 
-    def __init__(self, groups: ParallelGroups, model: DistributedDataParallel, settings: OptimizerSettings) -> None:
+    def __init__(
+        self, groups: ParallelGroups, chunks: Sequence[DistributedDataParallel], settings: OptimizerSettings
+    ) -> None:
         self._groups = groups
-        self._model = model
-        dtype = next(model.parameters()).dtype
+        self._chunks = list(chunks)
+        dtype = next(chunks[0].parameters()).dtype
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -50,7 +52,7 @@ class DenseOptimizer:
         few_dimensions = ParamKey(predicate=ParamPredicate(name="few_dimensions", fn=lambda p: p.dim() < 2))
         self._megatron: MegatronOptimizer = get_megatron_optimizer(
             config,
-            [model],
+            self._chunks,
             config_overrides={few_dimensions: ParamGroupOverride(wd_mult=0.0)},
             use_gloo_process_groups=False,
         )
@@ -99,7 +101,8 @@ class DenseOptimizer:
 
     def zero(self) -> None:
         """Empties the gradient buffers for the next step."""
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._megatron.zero_grad()
 
     def reload_weights(self) -> None:
@@ -113,7 +116,7 @@ class DenseOptimizer:
         the number of updates, the same for all. The tensors are the optimizer's own, not copies.
         """
         pieces: dict[str, Tensor] = {}
-        for parameter, placement in placements(self._model):
+        for parameter, placement in self._parameters():
             weight = _updated(parameter)
             state = self._adam.state[weight]
             pieces[f"{placement.global_name}/exp_avg"] = state["exp_avg"]
@@ -133,7 +136,7 @@ class DenseOptimizer:
         self.reload_weights()
         for name, own in self.state_pieces().items():
             own.copy_(pieces[name])
-        for parameter, _ in placements(self._model):
+        for parameter, _ in self._parameters():
             weight = _updated(parameter)
             self._adam.state[weight]["step"].copy_(pieces["step"])
             if weight is not parameter:
@@ -141,8 +144,12 @@ class DenseOptimizer:
 
     def _weights(self) -> Iterator[tuple[Tensor, Placement]]:
         """The tensors that AdamW updates, with the placements of the parameters they stand for."""
-        for parameter, placement in placements(self._model):
+        for parameter, placement in self._parameters():
             yield _updated(parameter), placement
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, Placement]]:
+        for chunk in self._chunks:
+            yield from placements(chunk)
 
 
 def _updated(parameter: nn.Parameter) -> Tensor:

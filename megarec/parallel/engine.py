@@ -4,7 +4,7 @@ One process and many run the same calls. A loss is a sum divided by a *global* c
 (`calculate_per_token_loss`), so every gradient sum over ranks is a plain sum and nothing is averaged anywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,47 +18,46 @@ from megarec.parallel.mcore import (
     DistributedDataParallelConfig,
     ModelType,
     TransformerConfig,
-    finalize_model_grads,
     get_forward_backward_func,
 )
 from megarec.parallel.placement import placements
 
 Pack = TypeVar("Pack")
 Report = Mapping[str, Any]
-ForwardStep = Callable[[Pack], tuple[Tensor, Report]]
+ForwardStep = Callable[[Pack, int, Tensor | None], tuple[Tensor, Report]]
 
 
 class Replica(nn.Module):
-    """A model as Megatron-Core's schedule wants to see it; `module` is the model itself.
+    """A chunk of a model as Megatron-Core's schedule wants to see it.
 
     Attributes:
-        module: the model; its own methods may be called directly, gradients are found through its parameters.
+        module: the chunk; its own methods may be called directly, gradients are found through its parameters.
+        number: which of this rank's chunks it is.
+        received: what the chunk before sent for the pack at hand, `[T, D]`; None: this one is the first.
     """
 
-    def __init__(self, module: nn.Module, config: TransformerConfig) -> None:
+    def __init__(self, module: nn.Module, config: TransformerConfig, *, number: int) -> None:
         super().__init__()
         self.module = module
+        self.number = number
+        self.received: Tensor | None = None
         self.config = config
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = self.post_process = True
-        self.share_embeddings_and_output_weights = False
 
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Takes what the stage before sends: nothing, for a model that is one stage."""
-        if tensor != [None] and tensor is not None:
-            raise AssertionError("a model of one stage was sent activations")
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Takes what the chunk before sends, `[T, 1, D]`."""
+        (sent,) = tensors
+        self.received = None if sent is None else sent.squeeze(1)
 
 
-def transformer_config(
-    layout: LayoutConfig, *, num_layers: int, width: int, num_heads: int, dtype: torch.dtype
-) -> TransformerConfig:
+def transformer_config(layout: LayoutConfig, *, width: int, num_heads: int, dtype: torch.dtype) -> TransformerConfig:
     """Megatron-Core's config for a model of this shape, with the settings that would train wrong numbers fixed.
 
     Interleaved stages need `overlap_p2p_comm` and never `batch_p2p_comm`: with two stages, batched sends to the
     same peer get crossed without an error.
     """
     return TransformerConfig(
-        num_layers=num_layers,
+        num_layers=layout.num_chunks,  # stages are cut by `stages`; every one that Megatron-Core knows of has a layer
         hidden_size=width,
         num_attention_heads=num_heads,
         kv_channels=max(1, width // num_heads),
@@ -80,60 +79,66 @@ def transformer_config(
     )
 
 
-def wrap_ddp(groups: ParallelGroups, model: nn.Module, config: TransformerConfig) -> DistributedDataParallel:
-    """Puts `model` on its device in `config.pipeline_dtype` and inside Megatron-Core's DDP.
+def wrap_ddp(
+    groups: ParallelGroups, chunks: Sequence[nn.Module], config: TransformerConfig
+) -> list[DistributedDataParallel]:
+    """Puts this rank's chunks of a model on its device in `config.pipeline_dtype` and inside Megatron-Core's DDP.
 
     Gradients live in contiguous buffers, summed over data-parallel ranks; those of bf16 weights in fp32.
 
     Args:
         groups: who takes part.
-        model: filled with its initial weights, every parameter with a Placement.
+        chunks: filled with their initial weights, every parameter with a Placement.
         config: from `transformer_config`.
     """
-    model.to(device=groups.device, dtype=config.pipeline_dtype)
-    for parameter, _ in placements(model):
-        setattr(parameter, "sequence_parallel", False)  # noqa: B010  (`finalize` sums by Placement, with and without)
-    in_fp32 = config.pipeline_dtype == torch.bfloat16
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32)
-    return DistributedDataParallel(config=config, ddp_config=settings, module=Replica(model, config))
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        chunk.to(device=groups.device, dtype=config.pipeline_dtype)
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=config.pipeline_dtype == torch.bfloat16)
+        replica = Replica(chunk, config, number=number)
+        ddp = DistributedDataParallel(config, settings, replica, disable_bucketing=number > 0)
+        wrapped.append(ddp)
+    return wrapped
 
 
 def run_schedule(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     forward_step: ForwardStep[Pack],
-    packs: Iterator[Pack],
+    packs: Sequence[Pack],
     *,
-    num_packs: int,
     tokens_per_pack: int,
 ) -> list[Report]:
-    """Runs forward and backward of `num_packs` packs through Megatron-Core's schedule.
+    """Runs forward and backward of the packs through Megatron-Core's schedule.
 
-    Gradients are added up in the buffers of `model`; `finalize` then sums them over ranks.
+    Gradients are added up in the buffers of the chunks; `finalize` then sums them over ranks.
 
     Args:
-        model: from `wrap_ddp`.
-        forward_step: from a pack to its share of the loss (a scalar, already divided by the global count) and
-            whatever should come back. A pack with no target returns a loss that is zero but has a graph.
-        packs: yields at least `num_packs` packs.
-        num_packs: packs of this rank in the step, the same on every data-parallel rank.
+        chunks: from `wrap_ddp`.
+        forward_step: from a pack, the number of one of the chunks and what the chunk before it made (None: nothing
+            comes before) to what the chunk makes of them, `[T, D]`, and whatever should come back. The last chunk
+            makes the pack's share of the loss (a scalar, already divided by the global count); for a pack with no
+            target one that is zero but has a graph.
+        packs: of this rank in the step, as many on every data-parallel rank.
         tokens_per_pack: the fixed size of a pack.
 
     Returns:
-        what `forward_step` reported, in the order of the packs.
+        what `forward_step` reported for the last chunk, in the order of the packs; nothing on other stages.
     """
 
     def step(
-        iterator: Iterator[Pack], _: nn.Module
+        iterator: Iterator[Pack], chunk: DistributedDataParallel
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Report]]]:
-        loss, report = forward_step(next(iterator))
-        no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)  # counts are ours: see the module docstring
-        return loss, lambda output: (output, no_tokens, report)
+        replica = chunk.module
+        output, report = forward_step(next(iterator), replica.number, replica.received)
+        no_tokens = torch.zeros((), dtype=torch.int, device=output.device)  # counts are ours: see the module docstring
+        return output if output.dim() == 0 else output.unsqueeze(1), lambda loss: (loss, no_tokens, report)
 
+    several = len(chunks) > 1
     reports: list[Report] = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=packs,
-        model=model,
-        num_microbatches=num_packs,
+        data_iterator=[iter(packs) for _ in chunks] if several else iter(packs),
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=len(packs),
         seq_length=tokens_per_pack,
         micro_batch_size=1,
     )
@@ -141,11 +146,17 @@ def run_schedule(
 
 
 @torch.no_grad()
-def finalize(model: DistributedDataParallel, groups: ParallelGroups) -> None:
+def finalize(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:
     """Sums the gradients in the buffers over every rank that shares a parameter. Collective."""
+    for chunk in chunks:
+        chunk.finish_grad_sync()
     if groups.tensor.size > 1:
-        partial = [p.main_grad for p, placement in placements(model) if "tp" in placement.grad_sum_over]  # type: ignore[attr-defined]
+        partial = [
+            parameter.main_grad  # type: ignore[attr-defined]
+            for chunk in chunks
+            for parameter, placement in placements(chunk)
+            if "tp" in placement.grad_sum_over
+        ]
         flat = torch._utils._flatten_dense_tensors(partial)
         dist.all_reduce(flat, group=groups.tensor.process_group)
         torch._foreach_copy_(partial, list(torch._utils._unflatten_dense_tensors(flat, partial)))
-    finalize_model_grads([model], num_tokens=None)

@@ -13,6 +13,7 @@ class LayoutConfig:
         tensor: ranks that split every layer.
         pipeline: stages that split the stack of layers.
         virtual: chunks of layers per stage (interleaved schedule), or None.
+        layers_per_chunk: how many layers each chunk holds, in order; None: such that all cost about the same.
         context: ranks that split the tokens of a pack.
         sequence_parallel: split the tokens between the layers' products over the tensor-parallel ranks too.
     """
@@ -20,6 +21,7 @@ class LayoutConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual: int | None = None
+    layers_per_chunk: tuple[int, ...] | None = None
     context: int = 1
     sequence_parallel: bool = False
 
@@ -39,6 +41,17 @@ class LayoutConfig:
                 where="virtual",
                 fix="Set it to null or raise layout.pipeline",
             )
+
+        given = self.layers_per_chunk
+        if given is not None and (len(given) != self.num_chunks or min(given) < 1):
+            raise UserError(
+                f"must be {self.num_chunks} numbers of at least 1 (pipeline x virtual)", where="layers_per_chunk"
+            )
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces into which the stack of layers is cut."""
+        return self.pipeline * (self.virtual or 1)
 
     @property
     def replica(self) -> int:

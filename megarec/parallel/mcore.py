@@ -15,7 +15,6 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
@@ -45,7 +44,6 @@ __all__ = [
     "RowParallelLinear",
     "TransformerConfig",
     "all_to_all",
-    "finalize_model_grads",
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_megatron_optimizer",

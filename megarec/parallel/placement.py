@@ -92,6 +92,11 @@ def initialize(model: nn.Module, seed: int) -> None:
         parameter.copy_(values.view(whole.shape))
 
 
+def count_weights(model: nn.Module) -> int:
+    """The weights of `model` in the whole of it, all pieces of every parameter counted."""
+    return sum(_count(placement.global_shape) for _, placement in placements(model))
+
+
 def _count(shape: tuple[int, ...]) -> int:
     count = 1
     for size in shape:

@@ -1,5 +1,6 @@
 """From packs of events to what a step needs: table rows, targets, negatives. Runs in the reader's thread."""
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +15,11 @@ from megarec.base.random import derive_key, integers_numpy
 from megarec.data.packs import Bool, Pack
 from megarec.data.prefetch import Prefetcher
 from megarec.data.stream import TrainStream
-from megarec.models.inputs import EVENT_PARTS
 from megarec.models.rows import RowMap
 from megarec.parallel.slices import Slices
 from megarec.train.config import ObjectiveConfig
 
 WHOLE_CATALOG_DRAWS = 16  # draws per item: e^-16 of the items would be missing
-ROW_PARTS = (*EVENT_PARTS, "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class PackBatch:
             Where windows end with candidates, `num_candidates` `[B]`. With negatives per position, `slots`
             `[Q, 1 + K]` (the places of each target and its draws among the candidates) and `order` `[Q (1 + K)]`
             (their stable order).
-        rows: for each of `ROW_PARTS` the table rows `[*, S]`, -1 for nothing.
+        rows: for each of `EVENT_PARTS` and for the `candidates` the table rows `[*, S]`, -1 for nothing.
     """
 
     key: int
@@ -66,6 +65,10 @@ class PackBatch:
             rows[name] = row if name == "prefix" else slices.own(row)
         return replace(self, columns=columns, rows=rows)
 
+    def only(self, row_parts: Set[str]) -> "PackBatch":
+        """The same with these rows alone."""
+        return replace(self, rows={part: rows for part, rows in self.rows.items() if part in row_parts})
+
     @property
     def num_events(self) -> int:
         """Living events."""
@@ -91,19 +94,37 @@ class StepBatch:
     position: dict[str, Any]
     epochs: float
 
-    def slice(self, slices: Slices) -> "StepBatch":
-        """What of the packs is this rank's, where ranks share them."""
-        return replace(self, packs=[pack.slice(slices) for pack in self.packs])
+    def share(self, slices: Slices, row_parts: Set[str]) -> "StepBatch":
+        """What of the packs is this rank's, where ranks share them: its slices, and the rows that its stage reads."""
+        packs = [pack.slice(slices) for pack in self.packs]
+        return replace(self, packs=[pack.only(row_parts) for pack in packs])
 
     def all_rows(self) -> Tensor:
         """The rows of all packs end to end, `[n]`, for one exchange."""
-        return torch.cat([pack.rows[part].reshape(-1) for pack in self.packs for part in ROW_PARTS])
+        none = torch.empty(0, dtype=torch.int64)
+        return torch.cat([none, *(rows.reshape(-1) for pack in self.packs for rows in pack.rows.values())])
 
-    def split(self, index: Tensor) -> list[dict[str, Tensor]]:
-        """`index` `[n]`, one entry per row of `all_rows`, back in the shapes of the packs' rows."""
-        shapes = [pack.rows[part].shape for pack in self.packs for part in ROW_PARTS]
+    def work(self, index: Tensor) -> list["PackWork"]:
+        """The packs with `index` `[n]`, one entry per row of `all_rows`, in the place of their rows."""
+        shapes = [rows.shape for pack in self.packs for rows in pack.rows.values()]
         pieces = iter(torch.split(index, [shape.numel() for shape in shapes]))
-        return [{part: next(pieces).view(pack.rows[part].shape) for part in ROW_PARTS} for pack in self.packs]
+        return [
+            PackWork(pack=pack, rows={part: next(pieces).view(rows.shape) for part, rows in pack.rows.items()})
+            for pack in self.packs
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackWork:
+    """A pack whose rows were fetched.
+
+    Attributes:
+        pack: the pack.
+        rows: for each part of its rows what `lookup` takes, in the same shape.
+    """
+
+    pack: PackBatch
+    rows: dict[str, Tensor]
 
 
 class BatchMaker:

@@ -6,7 +6,6 @@ from megarec.data.stream import StreamConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.shape import input_shape
-from megarec.parallel.layout import LayoutConfig
 from megarec.train.config import TrainConfig
 
 ALIGNMENT = 16
@@ -14,20 +13,38 @@ ALIGNMENT = 16
 
 def check_run(config: TrainConfig, *, world: int) -> None:
     """Refuses what the configuration alone rules out, before any process group is made."""
-    check_layout(config.layout)
     check_heads(config)
     check_stream(config)
     check_lanes(config, world=world)
+    check_stages(config, world=world)
     check_pack_size(config)
     check_positions(config)
     check_candidates(config)
     check_best(config)
 
 
-def check_layout(layout: LayoutConfig) -> None:
-    """This version trains with tensor, sequence, context and data parallelism and tables sharded over all ranks."""
-    if layout.pipeline > 1:
-        raise UserError("stages are not in this version", where="layout", fix="Set pipeline=1")
+def check_stages(config: TrainConfig, *, world: int) -> None:
+    """Every stage has layers, and interleaved stages whole rounds of packs."""
+    layout, layers = config.layout, config.model.num_layers
+    if layout.layers_per_chunk is not None and sum(layout.layers_per_chunk) != layers:
+        raise UserError(
+            f"{sum(layout.layers_per_chunk)} layers in chunks, {layers} in the model",
+            where="layout.layers_per_chunk",
+            fix=f"The numbers must add up to {layers}",
+        )
+    if layers < layout.num_chunks:
+        raise UserError(
+            f"{layers} layers are not enough for {layout.num_chunks} chunks (pipeline x virtual)",
+            where="layout.pipeline",
+            fix="Lower layout.pipeline or layout.virtual, or raise model.num_layers",
+        )
+    packs = config.stream.lanes // layout.data(world) * config.stream.packs_per_lane
+    if layout.virtual is not None and packs % layout.pipeline:
+        raise UserError(
+            f"{packs} packs per replica are not a multiple of {layout.pipeline} stages, as virtual stages need",
+            where="layout.virtual",
+            fix="Set it to null, or change stream.packs_per_lane or stream.lanes",
+        )
 
 
 def check_heads(config: TrainConfig) -> None:

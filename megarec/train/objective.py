@@ -1,6 +1,6 @@
 """What a pack's forward pass adds to the loss: sums over its targets, divided by the targets of the whole step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from megarec.losses.full_softmax import full_softmax
 from megarec.losses.sampled_softmax import sampled_softmax, sampled_softmax_per_position
 from megarec.models.inputs import EVENT_PARTS, Events, Lookup
 from megarec.models.model import RecModel
-from megarec.train.batches import PackBatch
+from megarec.train.batches import PackBatch, PackWork, StepBatch
 from megarec.train.config import ObjectiveConfig
 
 NEXT_ITEM = "next_item"
@@ -23,7 +23,7 @@ class Objective:
     """The loss of a model: next item and feedback, each head a sum over its own targets.
 
     Args:
-        model: what predicts.
+        chunks: the model, or this rank's pieces of it, in the order in which packs pass them.
         config: which losses, with which weights.
         heads: the feedback fields that are predicted.
         device: where the packs go.
@@ -33,9 +33,10 @@ class Objective:
     """
 
     def __init__(
-        self, model: RecModel, config: ObjectiveConfig, heads: Mapping[str, int], *, device: torch.device
+        self, chunks: Sequence[RecModel], config: ObjectiveConfig, heads: Mapping[str, int], *, device: torch.device
     ) -> None:
-        self._model = model
+        self._chunks = chunks
+        self._model = chunks[-1]
         self._config = config
         self._feedback_heads = tuple(heads) if config.feedback_weight else ()
         self._device = device
@@ -48,36 +49,50 @@ class Objective:
             raise UserError("nothing is learned: no next item and no feedback", where="objective", fix=fix)
         self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)
 
+    def share_of(self, batch: StepBatch) -> StepBatch:
+        """What of the packs of its replica this rank works on."""
+        return batch.share(self._model.slices, frozenset().union(*(chunk.row_parts for chunk in self._chunks)))
+
     def count_targets(self, packs: list[PackBatch]) -> Tensor:
-        """The targets of each head in `packs`, float64 `[heads]` in the order of `names`."""
+        """The targets of each head in `packs` that have a loss on this rank, float64 `[heads]` in the order of `names`.
+
+        Only the last stage has losses.
+        """
+        if not self._model.stage.last:
+            packs = []
         counts = [sum(self._count(pack, name) for pack in packs) for name in self.names]
         return torch.tensor(counts, dtype=torch.float64, device=self._device)
 
-    def pack_loss(
-        self, pack: PackBatch, rows: Mapping[str, Tensor], lookup: Lookup, global_counts: Tensor
+    def forward(
+        self, work: PackWork, number: int, received: Tensor | None, *, lookup: Lookup, global_counts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of one pack in the loss of the step.
+        """What one chunk makes of a pack; the last one of the model, the share of the pack in the loss of the step.
 
         `sum over heads of weight_h * (sum over the pack's targets of loss) / global_counts_h`; a head without any
         target in the step adds zero.
 
         Args:
-            pack: the events and targets.
-            rows: the pack's rows as `lookup` wants them, for each of `batches.ROW_PARTS`.
+            work: the events and targets.
+            number: of the chunk.
+            received: what the chunk before made of the pack; None for the first.
             lookup: rows to the sum of their vectors.
             global_counts: targets of each head in the step over all ranks, `[heads]`.
 
         Returns:
-            the loss with its graph, and the loss of each head divided by its global count, detached.
+            the loss with its graph, and the loss of each head divided by its global count, detached; or what the next
+            chunk takes, and nothing.
         """
-        columns = {name: column.to(self._device) for name, column in pack.columns.items()}
-        events = _events(pack, columns, rows)
-        states = self._model.encode(events, lookup)
+        model, rows = self._chunks[number], work.rows
+        columns = {name: column.to(self._device) for name, column in work.pack.columns.items()}
+        events = _events(work.pack, columns, rows)
+        states = model.encode(events, lookup, received)
+        if not model.stage.last:
+            return states, {}
         sums = self._feedback(states, events, columns=columns, lookup=lookup)
         if self._config.next_item != "none":
-            query = self._model.next_item_query(states, events, lookup)[columns["target_event"]]
-            own = self._model.item_vectors(rows["candidates"], lookup)
-            vectors = self._model.slices.gather(own)[: len(columns["candidate_id"])]
+            query = model.next_item_query(states, events, lookup)[columns["target_event"]]
+            own = model.item_vectors(rows["candidates"], lookup)
+            vectors = model.slices.gather(own)[: len(columns["candidate_id"])]
             sums[NEXT_ITEM] = self._next_item(query, vectors, columns).double()
         shares = torch.stack([sums[name] for name in self.names]) / global_counts.clamp_min(1.0)
         loss = (shares * self._weights).sum()
@@ -130,12 +145,13 @@ class Objective:
 
 def _events(pack: PackBatch, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Events:
     token = torch.arange(len(columns["position"]), device=columns["position"].device)
+    unread = token.new_empty(0, 0)  # of parts that another stage looks up
     return Events(
         cu_seqlens=columns["cu_seqlens"],
         position=columns["position"],
         timestamp=columns["timestamp"],
         next_timestamp=columns["next_timestamp"],
-        **{f"{part}_rows": rows[part] for part in EVENT_PARTS},
+        **{f"{part}_rows": rows.get(part, unread) for part in EVENT_PARTS},
         randomness=Randomness(key=derive_key(pack.key, "dropout"), token=token),
         num_candidates=columns.get("num_candidates"),
     )

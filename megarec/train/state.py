@@ -56,7 +56,8 @@ def restore(checkpoint: Checkpoint, trainer: Trainer) -> None:
 
 def whole_weights(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Dense weights by global name and tables by name, whole and on the CPU. Collective."""
-    dense = {place.global_name: _whole(parameter, place, trainer) for parameter, place in placements(trainer.model)}
+    own = {place.global_name: _whole(parameter, place, trainer) for parameter, place in placements(trainer.model)}
+    dense = {name: weight for stage in gather_objects(own, trainer.groups.pipeline) for name, weight in stage.items()}
     tables = {name: trainer.machinery.tables.whole(name).cpu() for name in trainer.machinery.tables.specs}
     return dense, tables
 

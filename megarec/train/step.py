@@ -24,7 +24,7 @@ class Machinery:
 
     Attributes:
         groups: who takes part.
-        model: the dense weights inside Megatron-Core's DDP.
+        chunks: the dense weights of this stage inside Megatron-Core's DDP.
         objective: from a pack to its share of the loss.
         optimizer: of the dense weights.
         tables: the sharded embedding tables.
@@ -33,7 +33,7 @@ class Machinery:
     """
 
     groups: ParallelGroups
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     objective: Objective
     optimizer: DenseOptimizer
     tables: TableGroup
@@ -61,23 +61,21 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
 
     Args:
         machinery: what is trained.
-        batch: this rank's packs, or its slices of packs that it shares.
+        batch: the packs of this rank's replica.
         learning_rate: of this step.
     """
     m = machinery
+    batch = m.objective.share_of(batch)
     fetched = m.tables.fetch(batch.all_rows().to(m.groups.device))
     counts = m.objective.count_targets(batch.packs)
-    for group in (m.groups.slices, m.groups.data):
-        dist.all_reduce(counts, group=group.process_group)
-    work = zip(batch.packs, batch.split(fetched.index), strict=True)
+    dist.all_reduce(counts, group=m.groups.world.process_group)
     reports = run_schedule(
-        m.model,
-        lambda pack: m.objective.pack_loss(*pack, partial(lookup, fetched), counts),
-        work,
-        num_packs=len(batch.packs),
+        m.chunks,
+        partial(m.objective.forward, lookup=partial(lookup, fetched), global_counts=counts),
+        batch.work(fetched.index),
         tokens_per_pack=m.tokens_per_pack,
     )
-    finalize(m.model, m.groups)
+    finalize(m.chunks, m.groups)
     owned = m.tables.collect_gradients(fetched)
     m.optimizer.prepare_grads()
     norm = float((m.optimizer.square_norm() + m.tables.square_norm(owned)).sqrt())
@@ -88,6 +86,8 @@ def train_step(machinery: Machinery, batch: StepBatch, *, learning_rate: float) 
         m.optimizer.step(learning_rate)
         m.tables.update(owned, lr=learning_rate, scale=coefficient)
     m.optimizer.zero()
-    losses = torch.stack([torch.stack([r[name] for name in m.objective.names]) for r in reports]).sum(0)
-    dist.all_reduce(losses, group=m.groups.slices.process_group)
+    losses = torch.zeros_like(counts)
+    for report in reports:  # of the last stage
+        losses += torch.stack([report[name] for name in m.objective.names])
+    dist.all_reduce(losses, group=m.groups.replica.process_group)
     return StepResult(losses=losses, grad_norm=norm, updated=updated)

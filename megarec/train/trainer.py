@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megarec.base.errors import UserError
 from megarec.data.dataset import Dataset
 from megarec.data.stream import StreamConfig, TrainStream
 from megarec.embedding.config import TableSpec
 from megarec.embedding.tables import TableGroup
-from megarec.models.model import RecModel
-from megarec.models.registry import build_model, train_flops
+from megarec.models.registry import build_model, pack_flops
 from megarec.models.rows import RowMap
 from megarec.models.shape import InputShape, input_shape
 from megarec.optim.dense import DenseOptimizer
@@ -23,6 +24,7 @@ from megarec.parallel.engine import transformer_config, wrap_ddp
 from megarec.parallel.groups import ParallelGroups
 from megarec.parallel.megatron_parts import megatron_parts
 from megarec.parallel.placement import initialize
+from megarec.parallel.stages import balance_layers, cut_into_stages
 from megarec.train.batches import BatchMaker, PackBatch, PackFeed, StepBatch
 from megarec.train.config import TrainConfig
 from megarec.train.hooks.hook import Hook
@@ -64,7 +66,7 @@ class Trainer:
         step: optimizer steps done.
         position: where the stream stands after those steps, for the lanes of this rank.
         shape: what the model reads and predicts.
-        model: the model itself, without its wrapper.
+        model: this rank's chunks of the model, without their wrappers.
         machinery: what a step works on.
         work: of the last step.
         learning_rate: of the last step.
@@ -121,7 +123,7 @@ class Trainer:
         batch = share_step(feed.take() if feed is not None else None, self.groups.replica)
         waited = time.perf_counter() - started
         self.learning_rate = learning_rate(self.step, self.config.optimizer, num_steps=self.config.num_steps)
-        result = train_step(self.machinery, batch.slice(self.model.slices), learning_rate=self.learning_rate)
+        result = train_step(self.machinery, batch, learning_rate=self.learning_rate)
         self._skipped = 0 if result.updated else self._skipped + 1
         if self._skipped == MAX_SKIPPED_STEPS:
             raise UserError(
@@ -148,7 +150,7 @@ class Trainer:
         num_scores = len(pack.columns["target"]) * num_item_vectors
         if "slots" in pack.columns:
             num_scores = pack.columns["slots"].numel()
-        return train_flops(
+        flops = pack_flops(
             self.config.model,
             self.shape,
             pack.columns["cu_seqlens"].numpy(),
@@ -156,12 +158,13 @@ class Trainer:
             num_scores=num_scores,
             num_candidates=pack.columns["num_candidates"].numpy() if "num_candidates" in pack.columns else None,
         )
+        return flops.total(self.config.model.num_layers)
 
 
 def build_machinery(
     config: TrainConfig, groups: ParallelGroups, shape: InputShape, *, dtype: torch.dtype | None = None
-) -> tuple[RecModel, Machinery]:
-    """The model with its starting weights and everything a step works on.
+) -> tuple[nn.ModuleList, Machinery]:
+    """This rank's chunks of the model with their starting weights, and everything a step works on.
 
     Args:
         config: the run.
@@ -172,15 +175,16 @@ def build_machinery(
     dense_dtype = dtype or DTYPES[config.precision]
     megatron = transformer_config(
         config.layout,
-        num_layers=config.model.num_layers,
         width=config.model.width,
         num_heads=config.model.block.num_heads,
         dtype=dense_dtype,
     )
-    model = build_model(config.model, shape, megatron_parts(groups, megatron))
-    model.to(groups.device)
-    initialize(model, config.seed)
-    ddp = wrap_ddp(groups, model, megatron)
+    parts = megatron_parts(groups, megatron)
+    stages = cut_into_stages(config.layout, layers_per_chunk(config, shape), groups.pipeline.rank)
+    chunks = [build_model(config.model, shape, parts, stage).to(groups.device) for stage in stages]
+    for chunk in chunks:
+        initialize(chunk, config.seed)
+    wrapped = wrap_ddp(groups, chunks, megatron)
     tables = TableGroup(
         [TableSpec(name=name, num_rows=rows, init_std=config.tables.init_std) for name, rows in shape.tables.items()],
         width=config.model.table_width,
@@ -192,14 +196,45 @@ def build_machinery(
     )
     machinery = Machinery(
         groups=groups,
-        model=ddp,
-        objective=Objective(model, config.objective, shape.feedback_heads, device=groups.device),
-        optimizer=DenseOptimizer(groups, ddp, config.optimizer),
+        chunks=wrapped,
+        objective=Objective(chunks, config.objective, shape.feedback_heads, device=groups.device),
+        optimizer=DenseOptimizer(groups, wrapped, config.optimizer),
         tables=tables,
         clip_norm=config.optimizer.clip_norm,
         tokens_per_pack=config.stream.tokens_per_pack,
     )
-    return model, machinery
+    return nn.ModuleList(chunks), machinery
+
+
+def layers_per_chunk(config: TrainConfig, shape: InputShape) -> Sequence[int]:
+    """How many layers each chunk holds, in the order in which a pack passes them: as set, or such that all cost alike.
+
+    The costs are those of a pack of half-long histories.
+    """
+    if config.layout.layers_per_chunk is not None:
+        return config.layout.layers_per_chunk
+    history = max(1, config.stream.max_history_events // 2)
+    num_events = config.stream.tokens_per_pack // config.model.tokens_per_event
+    num_vectors = num_events + config.objective.num_uniform_negatives
+    num_scores = num_events * num_vectors
+    if config.objective.negatives == "per_position":
+        num_vectors = num_scores = num_events * (1 + config.objective.num_uniform_negatives)
+    if config.objective.next_item == "full":
+        num_vectors = next(field.num_ids for field in shape.item_tower)
+        num_scores = num_events * num_vectors
+    flops = pack_flops(
+        config.model,
+        shape,
+        np.arange(num_events // history + 1) * history,
+        num_item_vectors=num_vectors,
+        num_scores=num_scores,
+    )
+    return balance_layers(
+        config.model.num_layers,
+        config.layout.num_chunks,
+        first=flops.begin / flops.layer,
+        last=flops.end / flops.layer,
+    )
 
 
 def stream_config(config: TrainConfig) -> StreamConfig:

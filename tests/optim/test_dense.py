@@ -19,8 +19,8 @@ STEPS = 5
 
 
 def build(groups, dtype: torch.dtype):
-    config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=dtype)
-    wrapped = wrap_ddp(groups, TinyModel(megatron_parts(groups, config)), config)
+    config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=dtype)
+    wrapped = wrap_ddp(groups, [TinyModel(megatron_parts(groups, config))], config)
     return wrapped, DenseOptimizer(groups, wrapped, SETTINGS)
 
 
@@ -32,13 +32,12 @@ def update(groups, wrapped, optimizer: DenseOptimizer, step: int) -> float:
     packs = packs_of(step)
     total = sum(int(pack["valid"].sum()) for pack in packs)
     mine = packs[groups.data.rank :: groups.data.size]
-    model = wrapped.module.module
+    model = wrapped[0].module.module
     optimizer.zero()
     run_schedule(
         wrapped,
-        lambda pack: (loss_of(model, pack, total), {}),
-        iter(mine),
-        num_packs=len(mine),
+        lambda pack, *_: (loss_of(model, pack, total), {}),
+        mine,
         tokens_per_pack=5,
     )
     finalize(wrapped, groups)

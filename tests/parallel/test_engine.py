@@ -18,9 +18,9 @@ LR = 0.1
 
 
 def make(groups: ParallelGroups, dtype: torch.dtype):
-    config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=dtype)
+    config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=dtype)
     model = TinyModel(megatron_parts(groups, config))
-    return model, wrap_ddp(groups, model, config)
+    return model, wrap_ddp(groups, [model], config)
 
 
 def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -33,12 +33,12 @@ def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype) -> dic
         total = sum(int(pack["valid"].sum()) for pack in packs)
         mine = packs[groups.data.rank :: groups.data.size]
 
-        def forward_step(pack, total=total):
+        def forward_step(pack, *_, total=total):
             loss = loss_of(model, pack, total)
             return loss, {"loss": loss.item()}
 
-        wrapped.zero_grad_buffer()
-        reports = run_schedule(wrapped, forward_step, iter(mine), num_packs=len(mine), tokens_per_pack=5)
+        wrapped[0].zero_grad_buffer()
+        reports = run_schedule(wrapped, forward_step, mine, tokens_per_pack=5)
         finalize(wrapped, groups)
         losses.append(sum(report["loss"] for report in reports))
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_bf16_weights_have_fp32_gradients() -> None:
 
 def same_output_and_gradients(process: ProcessInfo) -> None:
     groups = start(LayoutConfig(), process)
-    config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=torch.float64)
+    config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=torch.float64)
     filled = TinyModel(megatron_parts(groups, config)).double()
     plain = TinyModel(local_parts()).double()
     filled.load_state_dict(plain.state_dict())

@@ -6,6 +6,7 @@ from megarec.models.argus.config import ArgusConfig
 from megarec.models.model import RecModel
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
+from megarec.parallel.stages import Stage
 
 
 class Argus(RecModel):
@@ -15,9 +16,9 @@ class Argus(RecModel):
     positions counted from the start of the window, and normal(0, 0.02) as in GPT-2.
     """
 
-    def __init__(self, config: ArgusConfig, shape: InputShape, parts: Parts) -> None:
-        blocks = [
-            TransformerBlock(
+    def __init__(self, config: ArgusConfig, shape: InputShape, parts: Parts, stage: Stage) -> None:
+        blocks = {
+            layer: TransformerBlock(
                 config.block,
                 width=config.width,
                 layer=layer,
@@ -25,7 +26,9 @@ class Argus(RecModel):
                 dropout=config.dropout,
                 parts=parts,
             )
-            for layer in range(config.num_layers)
-        ]
-        norm = LayerNorm(config.width)
-        super().__init__(config, shape, parts, blocks=blocks, final_norm=norm, input_scale=1.0, position_std=0.02)
+            for layer in stage.layers
+        }
+        norm = LayerNorm(config.width) if stage.last else None
+        super().__init__(
+            config, shape, parts, stage, blocks=blocks, final_norm=norm, input_scale=1.0, position_std=0.02
+        )

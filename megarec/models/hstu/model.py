@@ -11,6 +11,7 @@ from megarec.models.inputs import Events
 from megarec.models.model import RecModel
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
+from megarec.parallel.stages import Stage
 
 
 class Hstu(RecModel):
@@ -21,9 +22,9 @@ class Hstu(RecModel):
     in `HSTU.reset_params`.)
     """
 
-    def __init__(self, config: HstuConfig, shape: InputShape, parts: Parts) -> None:
-        blocks = [
-            HstuBlock(
+    def __init__(self, config: HstuConfig, shape: InputShape, parts: Parts, stage: Stage) -> None:
+        blocks = {
+            layer: HstuBlock(
                 config.block,
                 width=config.width,
                 layer=layer,
@@ -31,11 +32,13 @@ class Hstu(RecModel):
                 dropout=config.dropout,
                 parts=parts,
             )
-            for layer in range(config.num_layers)
-        ]
+            for layer in stage.layers
+        }
         scale = config.width**0.5 if config.scale_input else 1.0
         std = (2.0 / (config.max_positions + config.width)) ** 0.5
-        super().__init__(config, shape, parts, blocks=blocks, final_norm=None, input_scale=scale, position_std=std)
+        super().__init__(
+            config, shape, parts, stage, blocks=blocks, final_norm=None, input_scale=scale, position_std=std
+        )
         self.num_time_buckets = config.block.num_time_buckets
 
     @property

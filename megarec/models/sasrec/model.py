@@ -5,6 +5,7 @@ from megarec.models.model import RecModel
 from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.shape import InputShape
 from megarec.parallel.parts import Parts
+from megarec.parallel.stages import Stage
 
 
 class Sasrec(RecModel):
@@ -14,9 +15,9 @@ class Sasrec(RecModel):
     (published: normal cut at two deviations).
     """
 
-    def __init__(self, config: SasrecConfig, shape: InputShape, parts: Parts) -> None:
-        blocks = [
-            SasrecBlock(
+    def __init__(self, config: SasrecConfig, shape: InputShape, parts: Parts, stage: Stage) -> None:
+        blocks = {
+            layer: SasrecBlock(
                 config.block,
                 width=config.width,
                 layer=layer,
@@ -24,7 +25,9 @@ class Sasrec(RecModel):
                 dropout=config.dropout,
                 parts=parts,
             )
-            for layer in range(config.num_layers)
-        ]
+            for layer in stage.layers
+        }
         scale, std = config.width**0.5, config.width**-0.5
-        super().__init__(config, shape, parts, blocks=blocks, final_norm=None, input_scale=scale, position_std=std)
+        super().__init__(
+            config, shape, parts, stage, blocks=blocks, final_norm=None, input_scale=scale, position_std=std
+        )

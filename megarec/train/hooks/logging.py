@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megarec.base.files import new_file
 from megarec.base.progress import say
+from megarec.parallel.broadcast import gather_objects
+from megarec.parallel.placement import count_weights
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
 from megarec.train.step import StepResult
@@ -33,6 +35,7 @@ class LoggingHook(Hook):
         self._meter = Meter(peak_flops=peak, num_ranks=trainer.groups.world.size)
         self._is_main = trainer.groups.world.rank == 0
         self._first_step, self._started = trainer.step, time.perf_counter()
+        dense = sum(gather_objects(count_weights(trainer.model), trainer.groups.pipeline))
         if not self._is_main:
             return
         keep_until(self._run_dir / "metrics.jsonl", trainer.step)
@@ -40,7 +43,6 @@ class LoggingHook(Hook):
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=trainer.step or None)
-        dense = sum(p.numel() for p in trainer.model.parameters())
         tables = trainer.machinery.tables
         say(
             f"{trainer.config.model.name}: {dense:,} dense weights, {tables.num_rows:,} table rows x {tables.width}; "
