@@ -1,4 +1,5 @@
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from megarec.models.argus.config import ArgusConfig
 from megarec.models.flops import count_pairs
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.hstu.flops import block_flops
-from megarec.models.registry import train_flops
+from megarec.models.registry import pack_flops
 from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
+
+
+def all_flops(config: Any, *args: Any, **settings: Any) -> int:
+    return pack_flops(config, *args, **settings).total(config.num_layers)
 
 
 def test_argus_by_hand() -> None:
@@ -32,7 +37,7 @@ def test_argus_by_hand() -> None:
     items, scores = 7 * 4 * 5, 35 * 5
     feedback = 5 * ((8 + 4 + 4) * 6 + 6 * 5)
     expected = 6 * (3 * block + input_map + query + items + scores + feedback)
-    assert train_flops(config, shape, np.array([0, 2, 2, 5]), num_item_vectors=7, num_scores=35) == expected
+    assert all_flops(config, shape, np.array([0, 2, 2, 5]), num_item_vectors=7, num_scores=35) == expected
 
 
 def test_hstu_by_hand() -> None:
@@ -48,7 +53,7 @@ def test_hstu_by_hand() -> None:
     # histories of 2 and 3 events are 4 and 6 tokens; 10 + 21 pairs
     block = 10 * 8 * (2 * 2 * (3 + 4)) + 10 * (3 * 2 * 4) * 8 + 31 * 2 * (3 + 4)
     expected = 6 * (2 * block + 11 * 8)
-    assert train_flops(config, shape_for(config), np.array([0, 2, 5]), num_item_vectors=9, num_scores=11) == expected
+    assert all_flops(config, shape_for(config), np.array([0, 2, 5]), num_item_vectors=9, num_scores=11) == expected
 
 
 def test_pairs_of_candidates_by_hand() -> None:
@@ -108,7 +113,7 @@ def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPat
         tower = events.item_rows if shape.item == shape.item_tower else events.item_rows[:, :1]
         _ = query @ model.item_vectors(tower, lookup).T
     num_events = len(events.position)
-    total = train_flops(config, shape, events.cu_seqlens.numpy(), num_item_vectors=num_events, num_scores=num_events**2)
+    total = all_flops(config, shape, events.cu_seqlens.numpy(), num_item_vectors=num_events, num_scores=num_events**2)
     lengths = np.diff(events.cu_seqlens.numpy()) * config.tokens_per_event + len(config.prefix_fields)
     pairs = [n * (n + 1) // 2 for n in lengths]
     channels = 24 if config.name == "argus" else 2 * (3 + 5)

@@ -7,7 +7,6 @@ import torch
 from test_model_twins import ARGUS, HSTU, make_model
 from torch import Tensor
 
-from megarec.base.errors import UserError
 from megarec.layers.config import HstuBlockConfig
 from megarec.models.choice import ModelConfig
 from megarec.models.hstu.config import HstuConfig
@@ -50,13 +49,6 @@ def test_first_weights_have_the_published_spread() -> None:
     assert bias.std() == pytest.approx((3 * 128) ** -0.5, rel=0.15)  # 128 numbers
     assert hstu["position.weight"].std() == pytest.approx((2 / (512 + 128)) ** 0.5, rel=0.03)
     assert hstu["temperature.log_inverse"].exp().item() == pytest.approx(20.0)
-
-
-def test_what_cannot_be_cut_into_heads_is_refused() -> None:
-    parts = replace(local_parts(), tp_size=2)
-    build_model(HSTU, shape_for(HSTU), parts)
-    with pytest.raises(UserError, match="3 heads"):
-        build_model(ARGUS, shape_for(ARGUS), parts)
 
 
 @pytest.mark.parametrize("layout", ["fused", "context_item_feedback"])

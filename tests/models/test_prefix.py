@@ -29,7 +29,7 @@ def test_tokens_stand_where_stated() -> None:
     rows = torch.arange(10.0).view(10, 1)
     merged = places.merge(-torch.ones(6, 1), rows)
     assert merged.flatten().tolist() == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1, 4, 5]
-    assert places.events_of(merged, 10).flatten().tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0, 0]
+    assert places.events_of(merged).flatten().tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("config", PREFIXED.values(), ids=list(PREFIXED))

@@ -52,7 +52,7 @@ def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype):
     groups = start(layout, process)
     wrapped, optimizer = build(groups, dtype)
     norms = [update(groups, wrapped, optimizer, step) for step in range(STEPS)]
-    weights = {name: p.detach().clone() for name, p in wrapped.module.module.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in wrapped[0].module.module.named_parameters()}
     return weights, norms, {name: piece.clone() for name, piece in optimizer.state_pieces().items()}
 
 
@@ -119,14 +119,14 @@ def test_loaded_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
         for step in range(2):
             update(groups, wrapped, optimizer, step)
         pieces = {name: piece.clone() for name, piece in optimizer.state_pieces().items()}
-        weights = {name: weight.clone() for name, weight in wrapped.state_dict().items() if weight is not None}
+        weights = {name: weight.clone() for name, weight in wrapped[0].state_dict().items() if weight is not None}
         update(groups, wrapped, optimizer, 2)
 
         resumed, other = build(groups, dtype)
-        resumed.load_state_dict(weights)
+        resumed[0].load_state_dict(weights)
         other.load_state_pieces(pieces)
         update(groups, resumed, other, 2)
-        for (name, a), b in zip(wrapped.named_parameters(), resumed.parameters(), strict=True):
+        for (name, a), b in zip(wrapped[0].named_parameters(), resumed[0].parameters(), strict=True):
             assert torch.equal(a, b), name
         for name, piece in optimizer.state_pieces().items():
             assert torch.equal(piece, other.state_pieces()[name]), name

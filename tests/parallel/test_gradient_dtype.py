@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 
 def dtypes_of(process: ProcessInfo, dtype: torch.dtype) -> tuple[set[torch.dtype], set[torch.dtype]]:
     groups = start(LayoutConfig(), process)
-    config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=dtype)
-    model = wrap_ddp(groups, TinyModel(megatron_parts(groups, config)), config)
+    config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=dtype)
+    model = wrap_ddp(groups, [TinyModel(megatron_parts(groups, config))], config)[0]
     return {p.dtype for p in model.parameters()}, {p.main_grad.dtype for p in model.parameters()}
 
 

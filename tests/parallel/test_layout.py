@@ -29,7 +29,7 @@ def test_wrong_layouts_are_refused(wrong: dict[str, int]) -> None:
 def test_interleaved_stages_never_batch_their_sends() -> None:
     """With two stages, batched sends to one peer get crossed and training goes on with wrong numbers."""
     for layout in (LayoutConfig(), LayoutConfig(pipeline=2), LayoutConfig(pipeline=2, virtual=2)):
-        config = transformer_config(layout, num_layers=4, width=8, num_heads=2, dtype=torch.float32)
+        config = transformer_config(layout, width=8, num_heads=2, dtype=torch.float32)
         assert not config.batch_p2p_comm
         assert config.overlap_p2p_comm == (layout.virtual is not None)
         assert config.calculate_per_token_loss

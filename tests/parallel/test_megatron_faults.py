@@ -34,9 +34,9 @@ from tests.ranks import run_ranks
 
 
 def make(groups: ParallelGroups, *, zero1: bool) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    config = transformer_config(groups.layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=torch.float32)
+    config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=torch.float32)
     settings = DistributedDataParallelConfig(use_distributed_optimizer=zero1)
-    module = Replica(TinyModel(megatron_parts(groups, config)), config)
+    module = Replica(TinyModel(megatron_parts(groups, config)), config, number=0)
     model = DistributedDataParallel(config=config, ddp_config=settings, module=module)
     optimizer = OptimizerConfig(
         optimizer="adam", lr=0.1, min_lr=0.1, use_distributed_optimizer=zero1, params_dtype=torch.float32
@@ -78,7 +78,7 @@ def weight_decay_multiplier_is_ignored(process: ProcessInfo) -> None:
 
 def split_weights_carry_no_mark(process: ProcessInfo) -> None:
     config = transformer_config(
-        start(LayoutConfig(), process).layout, num_layers=2, width=WIDTH, num_heads=HEADS, dtype=torch.float32
+        start(LayoutConfig(), process).layout, width=WIDTH, num_heads=HEADS, dtype=torch.float32
     )
     linear = ColumnParallelLinear(4, 4, config=config, init_method=torch.nn.init.zeros_, bias=True)
     assert linear.bias.tensor_model_parallel

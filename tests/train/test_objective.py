@@ -16,12 +16,13 @@ from megarec.base.random import derive_key, integers_numpy
 from megarec.data.dataset import Dataset, open_dataset
 from megarec.data.packs import Pack
 from megarec.data.stream import TrainStream
+from megarec.models.inputs import EVENT_PARTS
 from megarec.models.registry import build_model
 from megarec.models.rows import RowMap
 from megarec.models.shape import InputShape, bucket_time_gap, input_shape
 from megarec.parallel.parts import local_parts
 from megarec.parallel.placement import initialize
-from megarec.train.batches import ROW_PARTS, BatchMaker, PackBatch, StepBatch
+from megarec.train.batches import BatchMaker, PackBatch, PackWork, StepBatch
 from megarec.train.config import ObjectiveConfig, TrainConfig
 from megarec.train.objective import Objective
 from megarec.train.trainer import stream_config
@@ -142,10 +143,12 @@ MODELS = {"argus": SMALL_ARGUS, "hstu": SMALL_HSTU, "own item tables": {**SMALL_
 def test_pack_loss_equals_loops(dataset: Dataset, name: str, model: dict[str, Any]) -> None:
     world = World(dataset, OBJECTIVES[name], model)
     config = world.objective
-    objective = Objective(world.model, config, world.shape.feedback_heads, device=torch.device("cpu"))
+    objective = Objective([world.model], config, world.shape.feedback_heads, device=torch.device("cpu"))
     counts = objective.count_targets([world.batch])
     global_counts = counts * 3 + 1  # other packs of the step have targets too
-    loss, report = objective.pack_loss(world.batch, world.batch.rows, world.lookup, global_counts)
+    loss, report = objective.forward(
+        PackWork(pack=world.batch, rows=world.batch.rows), 0, None, lookup=world.lookup, global_counts=global_counts
+    )
     gradient = torch.autograd.grad(loss, [world.matrix, *world.model.parameters()], allow_unused=True)
 
     states, events = _encode(world)
@@ -254,13 +257,15 @@ def test_one_exchange_serves_all_packs(dataset: Dataset) -> None:
     second = World(dataset, OBJECTIVES["per position"], SMALL_ARGUS).batch
     step = StepBatch(packs=[first, second], position={}, epochs=0.0)
     flat = step.all_rows()
-    for pack, pieces in zip(step.packs, step.split(flat * 10), strict=True):
-        for part in ROW_PARTS:
-            assert torch.equal(pieces[part], pack.rows[part] * 10)
+    for pack, work in zip(step.packs, step.work(flat * 10), strict=True):
+        assert work.pack is pack
+        assert list(work.rows) == [*EVENT_PARTS, "candidates"]
+        for part, rows in work.rows.items():
+            assert torch.equal(rows, pack.rows[part] * 10)
 
 
 @pytest.mark.parametrize("weights", [{"next_item": "none"}, {"next_item_weight": 0.0}], ids=["off", "weightless"])
 def test_a_run_that_learns_nothing_is_refused(dataset: Dataset, weights: dict[str, Any]) -> None:
     world = World(dataset, OBJECTIVES["feedback alone"], {**SMALL_ARGUS, "feedback_heads": []})
     with pytest.raises(UserError, match="nothing is learned"):
-        Objective(world.model, ObjectiveConfig(**weights), world.shape.feedback_heads, device=torch.device("cpu"))
+        Objective([world.model], ObjectiveConfig(**weights), world.shape.feedback_heads, device=torch.device("cpu"))

@@ -65,15 +65,15 @@ def kill_in_step(number: int) -> None:
 
 def kill_in_accumulation(number: int) -> None:
     """Dies in the second pack of step `number`: the gradients of the first one are lost."""
-    original, packs = Objective.pack_loss, [0]
+    original, packs = Objective.forward, [0]
 
-    def pack_loss(self: Objective, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Objective, *args: Any, **kwargs: Any) -> Any:
         packs[0] += 1
         if packs[0] == 2 * number:
             raise Killed
         return original(self, *args, **kwargs)
 
-    Objective.pack_loss = pack_loss  # type: ignore[method-assign]
+    Objective.forward = forward  # type: ignore[method-assign]
 
 
 def kill_before_latest(number: int) -> None:

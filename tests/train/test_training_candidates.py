@@ -20,7 +20,7 @@ from megarec.models.rows import RowMap
 from megarec.models.shape import input_shape
 from megarec.parallel.parts import local_parts
 from megarec.parallel.placement import initialize
-from megarec.train.batches import BatchMaker, PackBatch
+from megarec.train.batches import BatchMaker, PackBatch, PackWork
 from megarec.train.checks import check_run
 from megarec.train.config import TrainConfig
 from megarec.train.objective import Objective
@@ -93,9 +93,9 @@ class World:
         """What the pack adds to the loss, and the sum of each head."""
         batch = batch or self.maker.make(self.pack)
         heads = self.shape.feedback_heads
-        objective = Objective(self.model, self.config.objective, heads, device=torch.device("cpu"))
+        objective = Objective([self.model], self.config.objective, heads, device=torch.device("cpu"))
         ones = torch.ones(len(objective.names), dtype=torch.float64)
-        return objective.pack_loss(batch, batch.rows, self.lookup, ones)
+        return objective.forward(PackWork(pack=batch, rows=batch.rows), 0, None, lookup=self.lookup, global_counts=ones)
 
     def alone(self) -> dict[str, Tensor]:
         """The sum of each feedback head over all candidates, one history and one candidate at a time."""
