@@ -1,6 +1,7 @@
 """AdamW over the dense weights: Megatron-Core's optimizer, taken apart so that the step can order it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ from megarec.parallel.placement import Placement, placements
 class DenseOptimizer:
     """One update is `prepare_grads`, `square_norm`, `scale_grads`, `step`, `zero`, in this order.
 
-    Weights in bf16 are updated through an fp32 copy. Parameters with one dimension are not decayed.
+    Weights in bf16 are updated through an fp32 copy. Parameters with one dimension are not decayed. With
+    `layout.zero1` each of the ranks that hold equal weights keeps the moments (and fp32 copies) of a share of them,
+    updates it and sends it to the others.
 
     Args:
         groups: who takes part.
@@ -48,6 +51,7 @@ class DenseOptimizer:
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             clip_grad=0.0,
+            use_distributed_optimizer=groups.layout.zero1,
         )
         few_dimensions = ParamKey(predicate=ParamPredicate(name="few_dimensions", fn=lambda p: p.dim() < 2))
         self._megatron: MegatronOptimizer = get_megatron_optimizer(
@@ -61,11 +65,13 @@ class DenseOptimizer:
         self._adam: torch.optim.Optimizer = self._megatron.optimizer
         if not isinstance(self._adam, torch.optim.AdamW):  # Apex and Transformer Engine count steps elsewhere
             raise AssertionError(f"Megatron-Core chose {type(self._adam)}; only torch's AdamW is known here")
-        for weight, _ in self._weights():
-            self._adam.state[weight] = {
+        self._shares = [share for chunk in chunks for share in self._shares_of(chunk)]
+        self.kinds = ("exp_avg", "exp_avg_sq", *(("main",) if dtype == torch.bfloat16 else ()))
+        for share in self._shares:
+            self._adam.state[share.weight] = {
                 "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
+                "exp_avg": torch.zeros_like(share.weight),
+                "exp_avg_sq": torch.zeros_like(share.weight),
             }
 
     @torch.no_grad()
@@ -78,20 +84,21 @@ class DenseOptimizer:
         """The square of the norm of the whole dense gradient, a float64 scalar, equal on every rank. Collective."""
         first_tensor_rank = self._groups.tensor.rank == 0
         counted = [
-            _gradient(weight)
-            for weight, placement in self._weights()
-            if first_tensor_rank or "tp" not in placement.replicated_over
+            _gradient(share.weight)
+            for share in self._shares
+            if first_tensor_rank or "tp" not in share.placement.replicated_over
         ]
         total = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         if counted:
             total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-        dist.all_reduce(total, group=self._groups.model.process_group)
+        everything = self._groups.world if self._groups.layout.zero1 else self._groups.model
+        dist.all_reduce(total, group=everything.process_group)
         return total
 
     @torch.no_grad()
     def scale_grads(self, coefficient: float | Tensor) -> None:
         """Multiplies every gradient by `coefficient`."""
-        torch._foreach_mul_([_gradient(weight) for weight, _ in self._weights()], coefficient)
+        torch._foreach_mul_([_gradient(share.weight) for share in self._shares], coefficient)
 
     def step(self, learning_rate: float) -> None:
         """Updates the weights."""
@@ -109,52 +116,87 @@ class DenseOptimizer:
         """Takes over weights of the model that were changed from outside (into the fp32 copies of bf16 ones)."""
         self._megatron.reload_model_params()
 
-    def state_pieces(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: this rank's piece of each moment, shaped and split as its weight.
+    @property
+    def num_updates(self) -> float:
+        """How often the weights were updated."""
+        return float(self._adam.state[self._shares[0].weight]["step"]) if self._shares else 0.0
 
-        Names are `<global_name>/exp_avg`, `/exp_avg_sq` and, of bf16 weights, `/main` (the fp32 copy); `step` is
-        the number of updates, the same for all. The tensors are the optimizer's own, not copies.
+    @torch.no_grad()
+    def state_pieces(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: this rank's piece of each moment, shaped and split as its weight. Collective.
+
+        Names are `<global_name>/<kind>` for each of `kinds`: the moments `exp_avg` and `exp_avg_sq` and, of bf16
+        weights, `main` (the fp32 copy). With ZeRO-1 the first rank of those that hold equal weights gets the pieces,
+        on the CPU, and the others none; without, the tensors are the optimizer's own, not copies.
         """
-        pieces: dict[str, Tensor] = {}
+        own = {share.placement.global_name: share for share in self._shares}
+        if not self._groups.layout.zero1:
+            return {f"{name}/{kind}": self._state(share, kind) for name, share in own.items() for kind in self.kinds}
+        pieces, copies = {}, self._groups.copies
         for parameter, placement in self._parameters():
-            weight = _updated(parameter)
-            state = self._adam.state[weight]
-            pieces[f"{placement.global_name}/exp_avg"] = state["exp_avg"]
-            pieces[f"{placement.global_name}/exp_avg_sq"] = state["exp_avg_sq"]
-            if weight is not parameter:
-                pieces[f"{placement.global_name}/main"] = weight.detach()
-            pieces["step"] = state["step"]
+            for kind in self.kinds:
+                piece = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+                share = own.get(placement.global_name)
+                if share is not None:
+                    share.part_of(piece).copy_(self._state(share, kind))
+                dist.reduce(piece, group=copies.process_group, group_dst=0)  # every number from one rank, 0 from others
+                if copies.rank == 0:
+                    pieces[f"{placement.global_name}/{kind}"] = piece.cpu()
         return pieces
 
     @torch.no_grad()
-    def load_state_pieces(self, pieces: Mapping[str, Tensor]) -> None:
+    def load_state_pieces(self, pieces: Mapping[str, Tensor], num_updates: float) -> None:
         """Takes over what `state_pieces` gave, under the same names; call it after the weights are loaded.
 
         Raises:
             KeyError: a piece is missing.
         """
         self.reload_weights()
-        for name, own in self.state_pieces().items():
-            own.copy_(pieces[name])
-        for parameter, _ in self._parameters():
-            weight = _updated(parameter)
-            self._adam.state[weight]["step"].copy_(pieces["step"])
-            if weight is not parameter:
-                parameter.copy_(weight)
+        for share in self._shares:
+            self._adam.state[share.weight]["step"].fill_(num_updates)
+            for kind in self.kinds:
+                piece = pieces[f"{share.placement.global_name}/{kind}"].to(share.weight.device)
+                self._state(share, kind).copy_(share.part_of(piece))
+        if "main" in self.kinds:
+            for parameter, placement in self._parameters():
+                parameter.copy_(pieces[f"{placement.global_name}/main"])
 
-    def _weights(self) -> Iterator[tuple[Tensor, Placement]]:
-        """The tensors that AdamW updates, with the placements of the parameters they stand for."""
-        for parameter, placement in self._parameters():
-            yield _updated(parameter), placement
+    def _state(self, share: "_Share", kind: str) -> Tensor:
+        return share.weight.detach() if kind == "main" else self._adam.state[share.weight][kind]
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, Placement]]:
         for chunk in self._chunks:
             yield from placements(chunk)
 
+    def _shares_of(self, chunk: DistributedDataParallel) -> Iterator["_Share"]:
+        """What this rank updates of each parameter; with ZeRO-1 not every rank has a share of every one."""
+        for parameter, placement in placements(chunk):
+            if not self._groups.layout.zero1:
+                weight = getattr(parameter, "main_param", parameter)  # of bf16 ones Megatron-Core made an fp32 copy
+                yield _Share(placement=placement, weight=weight)
+                continue
+            (sharded,) = self._megatron.chained_optimizers
+            place = sharded.model_param_group_index_map.get(parameter)
+            if place is not None:
+                group, number = place
+                weight = self._adam.param_groups[group]["params"][number]
+                first = sharded._get_model_param_range_map(parameter)["param"].start
+                yield _Share(placement=placement, weight=weight, first=first)
 
-def _updated(parameter: nn.Parameter) -> Tensor:
-    """The tensor that AdamW updates: the fp32 copy that Megatron-Core made of a bf16 parameter, or itself."""
-    return getattr(parameter, "main_param", parameter)
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """The tensor that AdamW updates for a parameter: all of it, or the elements from `first` on, flattened."""
+
+    placement: Placement
+    weight: Tensor
+    first: int | None = None
+
+    def part_of(self, piece: Tensor) -> Tensor:
+        """What of a tensor of the parameter's shape belongs to this share."""
+        if self.first is None:
+            return piece
+        return piece.view(-1)[self.first : self.first + self.weight.numel()]
 
 
 def _gradient(weight: Tensor) -> Tensor:

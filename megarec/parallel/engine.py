@@ -84,7 +84,8 @@ def wrap_ddp(
 ) -> list[DistributedDataParallel]:
     """Puts this rank's chunks of a model on its device in `config.pipeline_dtype` and inside Megatron-Core's DDP.
 
-    Gradients live in contiguous buffers, summed over data-parallel ranks; those of bf16 weights in fp32.
+    Gradients live in contiguous buffers, summed over the ranks that hold equal weights (bucket by bucket, during the
+    last backward pass of a step, with `layout.overlap`); those of bf16 weights in fp32.
 
     Args:
         groups: who takes part.
@@ -92,12 +93,19 @@ def wrap_ddp(
         config: from `transformer_config`.
     """
     wrapped = []
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.pipeline_dtype == torch.bfloat16,
+        overlap_grad_reduce=groups.layout.overlap and groups.copies.size > 1,
+        use_distributed_optimizer=groups.layout.zero1,
+    )
     for number, chunk in enumerate(chunks):
         chunk.to(device=groups.device, dtype=config.pipeline_dtype)
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=config.pipeline_dtype == torch.bfloat16)
         replica = Replica(chunk, config, number=number)
         ddp = DistributedDataParallel(config, settings, replica, disable_bucketing=number > 0)
         wrapped.append(ddp)
+    if settings.overlap_grad_reduce:
+        hold_back = [ddp.no_sync for ddp in wrapped]
+        config.no_sync_func = hold_back if len(wrapped) > 1 else hold_back[0]
     return wrapped
 
 

@@ -51,6 +51,7 @@ class ParallelGroups:
         tensor: the ranks that split its layers.
         pipeline: the ranks that hold the other stages.
         context: the ranks that hold the other tokens of its packs.
+        copies: data and context ranks together, the ranks that hold equal dense weights and sum their gradients.
         slices: tensor and context ranks together, the ranks that hold the other slices of its packs.
         model: tensor and pipeline ranks together, the ranks of one whole copy of the weights.
         replica: those and the context ranks, the ranks that work on the same packs.
@@ -63,6 +64,7 @@ class ParallelGroups:
     tensor: Group
     pipeline: Group
     context: Group
+    copies: Group
     slices: Group
     model: Group
     replica: Group
@@ -111,6 +113,7 @@ def start(layout: LayoutConfig, process: ProcessInfo) -> ParallelGroups:
         tensor=_group(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_group(parallel_state.get_pipeline_model_parallel_group()),
         context=_group(parallel_state.get_context_parallel_group()),
+        copies=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         slices=_group(parallel_state.get_tensor_and_context_parallel_group()),
         model=_group(parallel_state.get_model_parallel_group()),
         replica=_group(_make_replica_group(parallel_state.get_data_parallel_rank(), layout.data(process.world))),

@@ -16,6 +16,8 @@ class LayoutConfig:
         layers_per_chunk: how many layers each chunk holds, in order; None: such that all cost about the same.
         context: ranks that split the tokens of a pack.
         sequence_parallel: split the tokens between the layers' products over the tensor-parallel ranks too.
+        zero1: share the optimizer state of the dense weights out over the ranks that hold equal weights (ZeRO-1).
+        overlap: sum gradients over those ranks in buckets while the backward pass still runs.
     """
 
     tensor: int = 1
@@ -24,6 +26,8 @@ class LayoutConfig:
     layers_per_chunk: tuple[int, ...] | None = None
     context: int = 1
     sequence_parallel: bool = False
+    zero1: bool = False
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):

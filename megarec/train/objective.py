@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megarec.base.errors import UserError
 from megarec.base.random import derive_key
@@ -47,6 +47,7 @@ class Objective:
         if not any(weights.values()):
             fix = "Set objective.next_item=sampled, or objective.feedback_weight and model.feedback_heads"
             raise UserError("nothing is learned: no next item and no feedback", where="objective", fix=fix)
+        self._without_loss = _heads_without_loss(self._model, self.names) if self._model.stage.last else []
         self._weights = torch.tensor(list(weights.values()), dtype=torch.float64, device=device)
 
     def share_of(self, batch: StepBatch) -> StepBatch:
@@ -96,8 +97,10 @@ class Objective:
             sums[NEXT_ITEM] = self._next_item(query, vectors, columns).double()
         shares = torch.stack([sums[name] for name in self.names]) / global_counts.clamp_min(1.0)
         loss = (shares * self._weights).sum()
-        # A pack without a target must still reach every parameter, or ranks would wait for each other's gradients.
-        return loss + states.sum() * 0.0, dict(zip(self.names, shares.detach(), strict=True))
+        # A pack must reach every parameter, with no target too and in heads that have no loss: the sum of gradients
+        # over ranks begins when all of a bucket are there.
+        untouched = sum((p.sum() for module in self._without_loss for p in module.parameters()), states.sum())
+        return loss + untouched * 0.0, dict(zip(self.names, shares.detach(), strict=True))
 
     def _next_item(self, query: Tensor, vectors: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         config, target, scale = self._config, columns["target"], self._model.inverse_temperature()
@@ -141,6 +144,15 @@ class Objective:
         if name == NEXT_ITEM:
             return len(pack.columns["target_event"])
         return int((pack.columns[f"feedback/{name}"] > 0).sum())
+
+
+def _heads_without_loss(model: RecModel, names: Sequence[str]) -> list[nn.Module]:
+    unused: list[nn.Module] = []
+    if NEXT_ITEM not in names:
+        unused += [model.query, model.item_tower, model.temperature]
+    if set(names) <= {NEXT_ITEM}:
+        unused.append(model.feedback)
+    return unused
 
 
 def _events(pack: PackBatch, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Events:

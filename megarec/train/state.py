@@ -25,11 +25,12 @@ def save(writer: CheckpointWriter, trainer: Trainer) -> None:
     lanes = {lane: place for position in positions for lane, place in position.items()}
     state = {
         "lanes": dict(sorted(lanes.items(), key=lambda entry: int(entry[0]))),
-        "dense_updates": float(trainer.machinery.optimizer.state_pieces()["step"]),
+        "dense_updates": trainer.machinery.optimizer.num_updates,
         "table_updates": trainer.machinery.tables.step,
         "first_row": trainer.machinery.tables.first_row,
     }
-    dense = _dense_pieces(trainer) if max(trainer.groups.data.rank, trainer.groups.context.rank) == 0 else []
+    optimizer_state = trainer.machinery.optimizer.state_pieces()
+    dense = _dense_pieces(trainer, optimizer_state) if trainer.groups.copies.rank == 0 else []
     pieces = [*dense, *_table_pieces(trainer.machinery.tables, trainer)]
     writer.start(trainer.step, pieces, state=state, config=plain(trainer.config))
 
@@ -42,14 +43,19 @@ def restore(checkpoint: Checkpoint, trainer: Trainer) -> None:
     """
     state = checkpoint.manifest.state
     optimizer, tables = trainer.machinery.optimizer, trainer.machinery.tables
-    dense = _dense_pieces(trainer)
+    empty = {
+        f"{placement.global_name}/{kind}": torch.empty(parameter.shape)
+        for parameter, placement in placements(trainer.model)
+        for kind in optimizer.kinds
+    }
+    dense = _dense_pieces(trainer, empty)
     loaded = [Piece(index=piece.index, values=torch.empty_like(piece.values)) for piece in dense]
     checkpoint.load([*loaded, *_table_pieces(tables, trainer)])
     values = {piece.index.name.removeprefix(f"{DENSE}/"): piece.values for piece in loaded}
     with torch.no_grad():
         for parameter, placement in placements(trainer.model):
             parameter.copy_(values[placement.global_name])
-    optimizer.load_state_pieces({**values, "step": torch.tensor(state["dense_updates"])})
+    optimizer.load_state_pieces(values, state["dense_updates"])
     tables.step = int(state["table_updates"])
     trainer.restore_position(checkpoint.step, state["lanes"])
 
@@ -85,16 +91,15 @@ def read_weights(path: Path) -> tuple[Checkpoint, dict[str, Tensor], dict[str, T
     return checkpoint, dense, tables
 
 
-def _dense_pieces(trainer: Trainer) -> list[Piece]:
+def _dense_pieces(trainer: Trainer, optimizer_state: dict[str, Tensor]) -> list[Piece]:
     """This rank's pieces of the dense weights and of what AdamW keeps about them."""
     pieces = []
     places = {}
     for parameter, placement in placements(trainer.model):
         places[placement.global_name] = placement
         pieces.append(_piece(placement.global_name, parameter.detach(), placement))
-    for name, values in trainer.machinery.optimizer.state_pieces().items():
-        if name != "step":
-            pieces.append(_piece(name, values, places[name.rpartition("/")[0]]))
+    for name, values in optimizer_state.items():
+        pieces.append(_piece(name, values, places[name.rpartition("/")[0]]))
     return pieces
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megarec.optim.config import OptimizerSettings
 from megarec.optim.dense import DenseOptimizer
+from megarec.parallel.broadcast import broadcast_object
 from megarec.parallel.engine import finalize, run_schedule, transformer_config, wrap_ddp
 from megarec.parallel.groups import ProcessInfo, start
 from megarec.parallel.layout import LayoutConfig
@@ -53,6 +54,7 @@ def train(process: ProcessInfo, layout: LayoutConfig, dtype: torch.dtype):
     wrapped, optimizer = build(groups, dtype)
     norms = [update(groups, wrapped, optimizer, step) for step in range(STEPS)]
     weights = {name: p.detach().clone() for name, p in wrapped[0].module.module.named_parameters()}
+    assert optimizer.num_updates == STEPS
     return weights, norms, {name: piece.clone() for name, piece in optimizer.state_pieces().items()}
 
 
@@ -80,19 +82,29 @@ def twin(dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float], dict[str, 
     return {n: p.detach() for n, p in named.items()}, norms, {n: adam.state[p] for n, p in named.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_equals_torch_adamw(world: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("world", "dtype", "tolerance", "zero1"),
+    [
+        (1, torch.float64, 1e-12, False),
+        (2, torch.float64, 1e-12, False),
+        (1, torch.float32, 2e-5, False),
+        (2, torch.float32, 2e-5, False),
+        (1, torch.float32, 2e-5, True),
+        (4, torch.float32, 2e-5, True),
+    ],
+)
+def test_equals_torch_adamw(world: int, dtype: torch.dtype, tolerance: float, zero1: bool) -> None:
     want, want_norms, want_state = twin(dtype)
-    for weights, norms, pieces in run_ranks(train, world, LayoutConfig(), dtype):
+    ranks = run_ranks(train, world, LayoutConfig(zero1=zero1), dtype)
+    assert not (zero1 and any(pieces for _, _, pieces in ranks[1:]))  # the first rank has them all
+    for weights, norms, pieces in ranks:
         assert norms == pytest.approx(want_norms, rel=max(tolerance, 1e-12))
         assert min(want_norms) > 0.5  # clipping was at work
         for name, weight in want.items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=tolerance, msg=name)
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("exp_avg", "exp_avg_sq") if pieces else ():
                 got = pieces[f"{name}/{moment}"]
                 torch.testing.assert_close(got, want_state[name][moment], rtol=0, atol=tolerance, msg=name)
-        assert int(pieces["step"]) == STEPS
 
 
 def test_tensor_parallel_norm_counts_every_weight_once() -> None:
@@ -111,27 +123,30 @@ def test_bf16_weights_are_the_rounded_fp32_copies() -> None:
             assert (main - want[name]).abs().mean() < 0.01, name
 
 
+@pytest.mark.parametrize("zero1", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loaded_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
+def test_loaded_state_continues_bit_for_bit(dtype: torch.dtype, zero1: bool) -> None:
     def resume(process: ProcessInfo) -> None:
-        groups = start(LayoutConfig(), process)
+        groups = start(LayoutConfig(zero1=zero1), process)
         wrapped, optimizer = build(groups, dtype)
         for step in range(2):
             update(groups, wrapped, optimizer, step)
         pieces = {name: piece.clone() for name, piece in optimizer.state_pieces().items()}
+        pieces = broadcast_object(pieces, groups.copies)
         weights = {name: weight.clone() for name, weight in wrapped[0].state_dict().items() if weight is not None}
         update(groups, wrapped, optimizer, 2)
 
         resumed, other = build(groups, dtype)
         resumed[0].load_state_dict(weights)
-        other.load_state_pieces(pieces)
+        other.load_state_pieces(pieces, optimizer.num_updates - 1)
         update(groups, resumed, other, 2)
         for (name, a), b in zip(wrapped[0].named_parameters(), resumed[0].parameters(), strict=True):
             assert torch.equal(a, b), name
+        others = other.state_pieces()
         for name, piece in optimizer.state_pieces().items():
-            assert torch.equal(piece, other.state_pieces()[name]), name
+            assert torch.equal(piece, others[name]), name
 
-    run_ranks(resume, 1)
+    run_ranks(resume, 2 if zero1 else 1)
 
 
 def test_a_missing_piece_is_refused() -> None:
@@ -140,6 +155,6 @@ def test_a_missing_piece_is_refused() -> None:
         pieces = optimizer.state_pieces()
         pieces.pop("scale/exp_avg")
         with pytest.raises(KeyError, match="scale/exp_avg"):
-            optimizer.load_state_pieces(pieces)
+            optimizer.load_state_pieces(pieces, 1)
 
     run_ranks(lose_one, 1)

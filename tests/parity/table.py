@@ -95,6 +95,13 @@ LAYOUTS: dict[str, Layout] = {
     "cp2 pp2": Layout(world=4, sizes={"context": 2, "pipeline": 2}),
     "tp2 sp pp2 dp2": Layout(world=8, sizes={"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     "tp2 cp2 pp2": Layout(world=8, sizes={"tensor": 2, "context": 2, "pipeline": 2}),
+    "dp2 no overlap": Layout(world=2, sizes={"overlap": False}),
+    "dp2 zero1": Layout(world=2, sizes={"zero1": True}),
+    "tp2 dp2 zero1": Layout(world=4, sizes={"tensor": 2, "zero1": True}),
+    "cp2 dp2 zero1": Layout(world=4, sizes={"context": 2, "zero1": True}),
+    "tp2 sp pp2 dp2 zero1": Layout(
+        world=8, sizes={"tensor": 2, "pipeline": 2, "sequence_parallel": True, "zero1": True}
+    ),
 }
 
 
@@ -134,6 +141,7 @@ WHAT_A_LAYOUT_ISOLATES = {
     "cp2 pp2": "the size of what stages send",
     "tp2 sp pp2 dp2": "all groups at once, 8 processes",
     "tp2 cp2 pp2": "all that share a pack at once, 8 processes",
+    "dp2 no overlap": "sums of gradients behind the backward pass",
 }
 
 EVERY_SWITCH = ("tp2", "tp2 sp", "cp2", "pp2", "dp2")
