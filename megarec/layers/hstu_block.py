@@ -64,13 +64,17 @@ class HstuBlock(nn.Module):
         uvqk = self.uvqk(self.norm(x))
         if config.silu_on == "uvqk":
             uvqk = F.silu(uvqk)
-        v_width, qk_width = config.v_head_width, config.qk_head_width
-        u, v, q, k = uvqk.view(len(uvqk), self.local_heads, -1).split([v_width, v_width, qk_width, qk_width], dim=2)
+        u, v, q, k = self._split(uvqk)
         if config.silu_on == "u":
             u = F.silu(u)
         attention = self._attend(q, k, v, tokens)
         out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.inner_randomness))
         return x + out if config.residual else out
+
+    def _split(self, uvqk: Tensor) -> tuple[Tensor, ...]:
+        """`[T, N (2 Hv + 2 Hqk)]` to U, V `[T, N, Hv]` and Q, K `[T, N, Hqk]`, for the heads of this rank."""
+        widths = [self.config.v_head_width] * 2 + [self.config.qk_head_width] * 2
+        return uvqk.view(len(uvqk), self.local_heads, -1).split(widths, dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":

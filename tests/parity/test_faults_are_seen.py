@@ -1,0 +1,19 @@
+"""Each planted fault makes a row of the table fail, by far more than its tolerance."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity.faults import FAULTS
+from tests.parity.table import LAYOUTS
+from tests.parity.twins import largest_difference, make_run, train_fp64, twin_of
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_seen(world: Path, name: str) -> None:
+    fault = FAULTS[name]
+    one = twin_of(world, fault.layout, fault.switches)
+    config = make_run(world, fault.layout, fault.switches)
+    faulty = run_ranks(train_fp64, LAYOUTS[fault.layout].world, config, name)[0]
+    assert largest_difference(one, faulty) > 1e-8
