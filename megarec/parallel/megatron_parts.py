@@ -5,15 +5,17 @@ Names and shapes of the parameters are those of the plain parts, so the same wei
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megarec_kernels.hstu_attention import hstu_attention
 from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from megarec.parallel.context.heads import by_heads
-from megarec.parallel.groups import ParallelGroups
+from megarec.parallel.groups import Group, ParallelGroups
 from megarec.parallel.mcore import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -39,6 +41,8 @@ def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
             index=groups.slices.rank,
             count=groups.slices.size,
             gather=partial(gather_from_sequence_parallel_region, group=groups.slices.process_group),
+            sum=partial(_reduce, dist.ReduceOp.SUM, groups.slices),
+            max=partial(_reduce, dist.ReduceOp.MAX, groups.slices),
         ),
         inner_slices=Slices(index=context.rank, count=context.size),
         sum_over_heads=partial(all_reduce, group=tensor.process_group),
@@ -58,6 +62,12 @@ def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
         ),
         leave_blocks=partial(scatter_to_sequence_parallel_region, group=tensor.process_group),
     )
+
+
+def _reduce(operation: Any, group: Group, x: Tensor) -> Tensor:
+    reduced = x.detach().clone()
+    dist.all_reduce(reduced, op=operation, group=group.process_group)
+    return reduced
 
 
 class ColumnLinear(ColumnParallelLinear):

@@ -15,11 +15,15 @@ class Slices:
         index: of this rank.
         count: of the ranks that share a pack.
         gather: the slices of all ranks end to end, on each of them; the gradient of a slice is the sum over ranks.
+        sum: of a tensor over the ranks, on each of them; has no gradient.
+        max: likewise, the largest.
     """
 
     index: int = 0
     count: int = 1
     gather: Callable[[Tensor], Tensor] = lambda x: x
+    sum: Callable[[Tensor], Tensor] = lambda x: x
+    max: Callable[[Tensor], Tensor] = lambda x: x
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of `x` `[n, *]`; `count` divides n."""

@@ -44,12 +44,14 @@ class PackBatch:
     def slice(self, slices: Slices) -> "PackBatch":
         """What of the pack is this rank's: rows, targets and feedback of its slice of the events and of the candidates.
 
-        Prefixes and all that speaks of places and times stay whole: attention sees every event.
+        Prefixes and all that speaks of places and times stay whole: attention sees every event. The targets of the
+        whole pack are kept as `all_target_event` and `all_target`.
         """
         if slices.count == 1:
             return self
         columns, rows = dict(self.columns), dict(self.rows)
         own = slices.rows_of(len(columns["position"]))
+        columns |= {f"all_{name}": columns[name] for name in ("target_event", "target")}
         mine = (columns["target_event"] >= own.start) & (columns["target_event"] < own.stop)
         columns["target_event"] = columns["target_event"][mine] - own.start
         columns["target"] = columns["target"][mine]

@@ -91,9 +91,8 @@ class Objective:
             return states, {}
         sums = self._feedback(states, events, columns=columns, lookup=lookup)
         if self._config.next_item != "none":
-            query = model.next_item_query(states, events, lookup)[columns["target_event"]]
-            own = model.item_vectors(rows["candidates"], lookup)
-            vectors = model.slices.gather(own)[: len(columns["candidate_id"])]
+            query = model.next_item_query(states, events, lookup)
+            vectors = model.item_vectors(rows["candidates"], lookup)
             sums[NEXT_ITEM] = self._next_item(query, vectors, columns).double()
         shares = torch.stack([sums[name] for name in self.names]) / global_counts.clamp_min(1.0)
         loss = (shares * self._weights).sum()
@@ -103,11 +102,12 @@ class Objective:
         return loss + untouched * 0.0, dict(zip(self.names, shares.detach(), strict=True))
 
     def _next_item(self, query: Tensor, vectors: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        config, target, scale = self._config, columns["target"], self._model.inverse_temperature()
+        """Queries of this rank's events and vectors of its slice of the candidates to the sum of its losses."""
+        config, slices, scale = self._config, self._model.slices, self._model.inverse_temperature()
         if config.next_item == "full":
-            return full_softmax(
-                query, vectors, target=target, inverse_temperature=scale, chunk_items=config.chunk_items
-            )
+            return self._full_softmax(query, vectors, columns)
+        query, target = query[columns["target_event"]], columns["target"]
+        vectors = slices.gather(vectors)[: len(columns["candidate_id"])]
         log_q = None if config.correction == "none" else columns["log_q"]
         if config.negatives == "per_position":
             return sampled_softmax_per_position(
@@ -128,6 +128,22 @@ class Objective:
             correction=config.correction,
             inverse_temperature=scale,
             chunk_rows=config.chunk_rows,
+        )
+
+    def _full_softmax(self, query: Tensor, vectors: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        """Items stay where they are; the queries come to them."""
+        slices, own_events = self._model.slices, self._model.slices.rows_of(len(columns["position"]))
+        first_item = slices.index * len(vectors)
+        event = columns.get("all_target_event", columns["target_event"])
+        return full_softmax(
+            slices.gather(query)[event],
+            vectors[: max(0, len(columns["candidate_id"]) - first_item)],
+            target=columns.get("all_target", columns["target"]),
+            inverse_temperature=self._model.inverse_temperature(),
+            chunk_items=self._config.chunk_items,
+            shards=slices,
+            first_item=first_item,
+            own=(event >= own_events.start) & (event < own_events.stop),
         )
 
     def _feedback(

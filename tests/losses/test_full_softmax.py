@@ -1,10 +1,16 @@
 """The chunked full softmax against the equation."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from megarec.losses.full_softmax import full_softmax
+from megarec.parallel.slices import Slices
 
 
 def make(num_queries: int, num_items: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
@@ -81,3 +87,47 @@ def test_a_wrong_argument_is_named() -> None:
         run(inputs, target[:2], 2)
     with pytest.raises(ValueError, match="chunk_items"):
         run(inputs, target, 0)
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [4, 4, 4], [1, 0, 4]], ids=str)
+def test_shards_add_up_to_the_whole(counts: list[int]) -> None:
+    """Ranks in threads of one process: each counts every second loss, gradients are summed as ranks sum them."""
+    num_ranks = len(counts)
+    inputs, target = make(9, sum(counts))
+    truth = run(inputs, target, 2)
+    want = torch.autograd.grad(truth, inputs)
+    meeting, box = threading.Barrier(num_ranks), [torch.empty(0)] * num_ranks
+
+    def reduce(rank: int, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        box[rank] = x.detach()
+        meeting.wait()
+        reduced = operation(torch.stack(box))
+        meeting.wait()
+        return reduced
+
+    def of_rank(rank: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        query, items, scale = (value.detach().clone().requires_grad_() for value in inputs)
+        first = sum(counts[:rank])
+        shards = Slices(
+            index=rank,
+            count=num_ranks,
+            sum=partial(reduce, rank, lambda x: x.sum(0)),
+            max=partial(reduce, rank, lambda x: x.amax(0)),
+        )
+        loss = full_softmax(
+            query,
+            items[first : first + counts[rank]],
+            target=target,
+            inverse_temperature=scale,
+            chunk_items=2,
+            shards=shards,
+            first_item=first,
+            own=torch.arange(9) % num_ranks == rank,
+        )
+        return loss.detach(), torch.autograd.grad(loss, (query, items, scale))
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        ranks = list(pool.map(of_rank, range(num_ranks)))
+    torch.testing.assert_close(sum(loss for loss, _ in ranks), truth.detach(), rtol=1e-12, atol=1e-12)
+    for number, gradient in enumerate(want):
+        torch.testing.assert_close(sum(g[number] for _, g in ranks), gradient, rtol=1e-12, atol=1e-12)
