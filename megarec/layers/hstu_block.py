@@ -35,6 +35,7 @@ class HstuBlock(nn.Module):
         super().__init__()
         self.config = config
         self.hstu_attention, self.softmax_attention = parts.hstu_attention, parts.softmax_attention
+        self.run_attention = parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
         uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
@@ -60,16 +61,18 @@ class HstuBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""
-        config = self.config
+        u, attention = self.run_attention(self._gates_and_attention, x, tokens)
+        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.inner_randomness))
+        return x + out if self.config.residual else out
+
+    def _gates_and_attention(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         uvqk = self.uvqk(self.norm(x))
-        if config.silu_on == "uvqk":
+        if self.config.silu_on == "uvqk":
             uvqk = F.silu(uvqk)
         u, v, q, k = self._split(uvqk)
-        if config.silu_on == "u":
+        if self.config.silu_on == "u":
             u = F.silu(u)
-        attention = self._attend(q, k, v, tokens)
-        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.inner_randomness))
-        return x + out if config.residual else out
+        return u, self._attend(q, k, v, tokens)
 
     def _split(self, uvqk: Tensor) -> tuple[Tensor, ...]:
         """`[T, N (2 Hv + 2 Hqk)]` to U, V `[T, N, Hv]` and Q, K `[T, N, Hqk]`, for the heads of this rank."""

@@ -35,7 +35,7 @@ class SasrecBlock(nn.Module):
         self, config: SasrecBlockConfig, *, width: int, layer: int, max_tokens: int, dropout: float, parts: Parts
     ) -> None:
         super().__init__()
-        self.attention = parts.softmax_attention
+        self.attention, self.run_attention = parts.softmax_attention, parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         self.activation = ACTIVATIONS[config.activation]
@@ -55,6 +55,12 @@ class SasrecBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""
+        normed, attention = self.run_attention(self._attend, x, tokens)
+        y = self.norm(normed + self.attention_out(attention.flatten(1)))
+        hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.inner_randomness)
+        return y + self.output_dropout(self.down(hidden), tokens.outer_randomness)
+
+    def _attend(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         normed = self.norm(x)
         q = self.query(normed).view(-1, self.local_heads, self.head_width)
         k, v = self.key_value(x).view(-1, self.local_heads, 2 * self.head_width).split(self.head_width, dim=2)
@@ -68,6 +74,4 @@ class SasrecBlock(nn.Module):
             visibility=tokens.visibility,
             weigh=self.attention_dropout(tokens.randomness),
         )
-        y = self.norm(normed + self.attention_out(attention.flatten(1)))
-        hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.inner_randomness)
-        return y + self.output_dropout(self.down(hidden), tokens.outer_randomness)
+        return normed, attention

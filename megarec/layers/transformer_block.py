@@ -32,7 +32,7 @@ class TransformerBlock(nn.Module):
         parts: Parts,
     ) -> None:
         super().__init__()
-        self.attention = parts.softmax_attention
+        self.attention, self.run_attention = parts.softmax_attention, parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         hidden, std, out_std = config.feed_forward_multiple * width, 0.02, 0.02 / (2 * num_layers) ** 0.5
@@ -47,12 +47,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""
-        qkv = self.qkv(self.attention_norm(x)).view(-1, self.local_heads, 3 * self.head_width)
-        q, k, v = qkv.split(self.head_width, dim=2)
-        scale = self.head_width**-0.5
-        attention = self.attention(
-            q, k, v, tokens.cu_seqlens, scale=scale, plan=tokens.plan, visibility=tokens.visibility
-        )
+        attention = self.run_attention(self._attend, x, tokens)
         x = x + self.attention_dropout(self.attention_out(attention.flatten(1)), tokens.outer_randomness)
         hidden = F.gelu(self.up(self.feed_forward_norm(x)))
         return x + self.feed_forward_dropout(self.down(hidden), tokens.outer_randomness)
+
+    def _attend(self, x: Tensor, tokens: Tokens) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).view(-1, self.local_heads, 3 * self.head_width)
+        q, k, v = qkv.split(self.head_width, dim=2)
+        scale = self.head_width**-0.5
+        return self.attention(q, k, v, tokens.cu_seqlens, scale=scale, plan=tokens.plan, visibility=tokens.visibility)

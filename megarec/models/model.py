@@ -62,7 +62,7 @@ class RecModel(nn.Module):
         self.input_scale = input_scale
         self.slices, self.inner_slices = parts.slices, parts.inner_slices
         self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
-        self.sequence_parallel = parts.sequence_parallel
+        self.sequence_parallel, self.run_block = parts.sequence_parallel, parts.run_block
         self.input_map = (
             parts.linear(table_width, width, bias=False, std=table_width**-0.5)
             if stage.first and table_width != width
@@ -113,7 +113,7 @@ class RecModel(nn.Module):
         tokens = self._tokens(events)
         x = self._begin(events, tokens, lookup) if received is None else received
         for block in self.blocks.values():
-            x = block(x, tokens)
+            x = self.run_block(block, x, tokens)
         return self._end(x, tokens) if self.stage.last else x
 
     def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:

@@ -1,6 +1,7 @@
 """How the ranks of a job share the model: sizes of the tensor, pipeline, context and data dimension."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megarec.base.errors import UserError
 
@@ -17,6 +18,8 @@ class LayoutConfig:
         context: ranks that split the tokens of a pack.
         sequence_parallel: split the tokens between the layers' products over the tensor-parallel ranks too.
         zero1: share the optimizer state of the dense weights out over the ranks that hold equal weights (ZeRO-1).
+        recompute: what the backward pass computes again instead of keeping it: `none`; `attention`: of every block the
+            norm, the first map and the attention; `block`: whole blocks, of which only the input is kept.
         overlap: sum gradients over those ranks in buckets while the backward pass still runs.
     """
 
@@ -27,6 +30,7 @@ class LayoutConfig:
     context: int = 1
     sequence_parallel: bool = False
     zero1: bool = False
+    recompute: Literal["none", "attention", "block"] = "none"
     overlap: bool = True
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from megarec.parallel.mcore import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megarec.parallel.parts import Linear, Parts
+from megarec.parallel.parts import Linear, Parts, run_again, run_once
 from megarec.parallel.placement import Init, Placement, place
 from megarec.parallel.slices import Slices
 
@@ -44,6 +44,8 @@ def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
             sum=partial(_reduce, dist.ReduceOp.SUM, groups.slices),
             max=partial(_reduce, dist.ReduceOp.MAX, groups.slices),
         ),
+        run_attention=run_again if groups.layout.recompute == "attention" else run_once,
+        run_block=run_again if groups.layout.recompute == "block" else run_once,
         inner_slices=Slices(index=context.rank, count=context.size),
         sum_over_heads=partial(all_reduce, group=tensor.process_group),
         sequence_parallel=groups.layout.sequence_parallel,

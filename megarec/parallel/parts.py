@@ -11,13 +11,14 @@ latter always. Attention sees all tokens, whoever holds them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from megarec_kernels.hstu_attention import hstu_attention
 from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megarec.parallel.placement import Init, Placement, place
 from megarec.parallel.slices import Slices
@@ -29,6 +30,20 @@ class MakeLinear(Protocol):
     def __call__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> nn.Module:
         """The map as a module: `module(x)`."""
         ...
+
+
+Run = Callable[..., Any]
+"""Calls its first argument with the others."""
+
+
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """Keeps what the backward pass needs."""
+    return function(*args)
+
+
+def run_again(function: Callable[..., Any], *args: Any) -> Any:
+    """Keeps the arguments alone; the backward pass runs `function` once more. Nothing in it may depend on a state."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +60,8 @@ class Parts:
         inner_slices: which it has between the two split maps of a block's half.
         enter_blocks: from this rank's slice of the tokens, `[T / ranks, D]`, to what blocks take.
         leave_blocks: the way back.
+        run_attention: how a block runs the half of it that ends with attention: at once, or in the backward pass again.
+        run_block: likewise the whole block.
         sum_over_heads: the sum over tensor-parallel ranks, of values and of gradients.
         sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
@@ -62,6 +79,8 @@ class Parts:
     inner_slices: Slices = field(default_factory=Slices)
     enter_blocks: Callable[[Tensor], Tensor] = lambda x: x
     leave_blocks: Callable[[Tensor], Tensor] = lambda x: x
+    run_attention: Run = run_once
+    run_block: Run = run_once
     sum_over_heads: Callable[[Tensor], Tensor] = lambda x: x
     sequence_parallel: bool = False
     tp_size: int = 1

@@ -95,6 +95,13 @@ LAYOUTS: dict[str, Layout] = {
     "cp2 pp2": Layout(world=4, sizes={"context": 2, "pipeline": 2}),
     "tp2 sp pp2 dp2": Layout(world=8, sizes={"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     "tp2 cp2 pp2": Layout(world=8, sizes={"tensor": 2, "context": 2, "pipeline": 2}),
+    "recompute attention": Layout(world=1, sizes={"recompute": "attention"}),
+    "recompute blocks": Layout(world=1, sizes={"recompute": "block"}),
+    "tp2 sp recompute attention": Layout(
+        world=2, sizes={"tensor": 2, "sequence_parallel": True, "recompute": "attention"}
+    ),
+    "cp2 recompute blocks": Layout(world=2, sizes={"context": 2, "recompute": "block"}),
+    "pp2 vp2 recompute blocks": Layout(world=2, sizes={"pipeline": 2, "virtual": 2, "recompute": "block"}),
     "dp2 no overlap": Layout(world=2, sizes={"overlap": False}),
     "dp2 zero1": Layout(world=2, sizes={"zero1": True}),
     "tp2 dp2 zero1": Layout(world=4, sizes={"tensor": 2, "zero1": True}),
@@ -141,6 +148,11 @@ WHAT_A_LAYOUT_ISOLATES = {
     "cp2 pp2": "the size of what stages send",
     "tp2 sp pp2 dp2": "all groups at once, 8 processes",
     "tp2 cp2 pp2": "all that share a pack at once, 8 processes",
+    "recompute attention": "dropout and biases are the same the second time",
+    "recompute blocks": "whole blocks are the same the second time",
+    "tp2 sp recompute attention": "collectives run again in the same order on all ranks",
+    "cp2 recompute blocks": "the exchange of heads for tokens runs again",
+    "pp2 vp2 recompute blocks": "a pack is computed again between the passes of others",
     "dp2 no overlap": "sums of gradients behind the backward pass",
 }
 
