@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from megarec_kernels.hstu_attention import hstu_attention
 from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from megarec.parallel.placement import Init, Placement, place
@@ -43,7 +44,11 @@ def run_once(function: Callable[..., Any], *args: Any) -> Any:
 
 def run_again(function: Callable[..., Any], *args: Any) -> Any:
     """Keeps the arguments alone; the backward pass runs `function` once more. Nothing in it may depend on a state."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def run(*args: Any) -> Any:  # a result that is a view would keep what it is a view of
+        return tree_map(Tensor.contiguous, function(*args))
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True, kw_only=True)
