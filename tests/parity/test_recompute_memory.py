@@ -89,7 +89,7 @@ def test_whole_blocks_keep_their_input_alone() -> None:
 
 
 def test_recomputed_attention_is_not_kept() -> None:
-    """HSTU drops U, V, Q, K before SiLU and V, Q, K behind it and the normed input, the transformer Q, K, V and that."""
+    """HSTU drops U, V, Q, K before SiLU, V, Q, K behind it and the normed input; the transformer Q, K, V and that."""
     for kind, dropped in (("hstu", 8.0), ("transformer", 4.0)):
         none, attention = kept_per_block(kind, "none"), kept_per_block(kind, "attention")
         assert none - attention >= dropped
