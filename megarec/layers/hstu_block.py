@@ -34,7 +34,7 @@ class HstuBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.hstu_attention, self.softmax_attention = parts.hstu_attention, parts.softmax_attention
+        self.attention = parts.attention
         self.run_attention = parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
@@ -81,10 +81,10 @@ class HstuBlock(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":
-            return self.softmax_attention(
+            return self.attention.softmax(
                 q, k, v, tokens.cu_seqlens, scale=self.scale, plan=tokens.plan, visibility=tokens.visibility
             )
-        return self.hstu_attention(
+        return self.attention.hstu(
             q,
             k,
             v,

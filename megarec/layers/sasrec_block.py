@@ -35,7 +35,7 @@ class SasrecBlock(nn.Module):
         self, config: SasrecBlockConfig, *, width: int, layer: int, max_tokens: int, dropout: float, parts: Parts
     ) -> None:
         super().__init__()
-        self.attention, self.run_attention = parts.softmax_attention, parts.run_attention
+        self.attention, self.run_attention = parts.attention.softmax, parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         self.activation = ACTIVATIONS[config.activation]

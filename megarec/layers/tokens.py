@@ -1,15 +1,15 @@
 """From events to tokens: one, two or three per event."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megarec_kernels.hstu_attention import TimeBuckets
-from megarec_kernels.tiles import TilePlan, plan_tiles
 from megarec_kernels.visibility import Visibility, candidate_suffix
 from torch import Tensor
 
 from megarec.layers.dropout import Randomness
+from megarec.parallel.parts import plan_all_tokens
 from megarec.parallel.slices import Slices
 
 
@@ -24,7 +24,7 @@ class Tokens:
         randomness: of dropout, by token.
         inner_randomness: the same for those tokens that this rank has inside the split maps of a block.
         outer_randomness: for those that it has between them.
-        plan: how attention cuts the histories into tiles; made once for all blocks.
+        plan: how attention goes about the pack (`parts.Attention`); made once for all blocks.
         time_buckets: the bucket of the time between any two tokens, for blocks with a time bias.
         visibility: which earlier tokens a token sees; None: all of its history.
         places: where the tokens of prefixes and events stand, if there are prefixes.
@@ -36,8 +36,8 @@ class Tokens:
     randomness: Randomness | None
     inner_randomness: Randomness | None
     outer_randomness: Randomness | None
-    plan: TilePlan
-    time_buckets: TimeBuckets | None = None
+    plan: Any
+    time_buckets: Any = None
     visibility: Visibility | None = None
     places: "PrefixPlaces | None" = None
 
@@ -105,11 +105,12 @@ def split_events(
     per_event: int,
     num_prefix: int = 0,
     num_candidates: Tensor | None = None,
+    plan: Callable[..., Any] = plan_all_tokens,
 ) -> Tokens:
     """The tokens of events that are split into `per_event` tokens each; the arguments speak of events.
 
     All tokens of an event carry its time; only the last one is asked at the time of the next event. `num_prefix` tokens
-    before each history carry, and are asked at, the time of its first event.
+    before each history carry, and are asked at, the time of its first event. `plan` is that of `parts.Attention`.
     """
     query_timestamp = timestamp.unsqueeze(1).repeat(1, per_event)
     query_timestamp[:, -1] = next_timestamp
@@ -135,7 +136,7 @@ def split_events(
         randomness=randomness,
         inner_randomness=randomness,
         outer_randomness=randomness,
-        plan=plan_tiles(cu_tokens),
+        plan=plan(cu_tokens, num_tokens=len(times[0]), visibility=visibility),
         visibility=visibility,
         places=places,
     )

@@ -32,7 +32,7 @@ class TransformerBlock(nn.Module):
         parts: Parts,
     ) -> None:
         super().__init__()
-        self.attention, self.run_attention = parts.softmax_attention, parts.run_attention
+        self.attention, self.run_attention = parts.attention.softmax, parts.run_attention
         self.local_heads = config.num_heads // parts.tp_size
         self.head_width = width // config.num_heads
         hidden, std, out_std = config.feed_forward_multiple * width, 0.02, 0.02 / (2 * num_layers) ** 0.5

@@ -60,9 +60,10 @@ class RecModel(nn.Module):
         self.shape = shape
         self.stage = stage
         self.input_scale = input_scale
-        self.slices, self.inner_slices = parts.slices, parts.inner_slices
+        self.slices, self.attention = parts.slices, parts.attention
+        self.inner_rows, self.outer_rows = parts.inner_rows, parts.outer_rows
         self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
-        self.sequence_parallel, self.run_block = parts.sequence_parallel, parts.run_block
+        self.run_block = parts.run_block
         self.input_map = (
             parts.linear(table_width, width, bias=False, std=table_width**-0.5)
             if stage.first and table_width != width
@@ -161,11 +162,11 @@ class RecModel(nn.Module):
             merged = tokens.places.merge(self._embed_prefix(events, lookup), self.slices.gather(x))
             x = self.slices.own(merged)
         x = self.input_dropout(x, None if tokens.randomness is None else tokens.randomness.of(self.slices))
-        return self.enter_blocks(x)
+        return self.enter_blocks(x, tokens.plan)
 
     def _end(self, x: Tensor, tokens: Tokens) -> Tensor:
         """From what the blocks give to states."""
-        x = self.leave_blocks(x)
+        x = self.leave_blocks(x, tokens.plan)
         if tokens.places is not None:
             x = self.slices.own(tokens.places.events_of(self.slices.gather(x)))
         return x if self.final_norm is None else self.final_norm(x)
@@ -180,11 +181,14 @@ class RecModel(nn.Module):
             per_event=self.config.tokens_per_event,
             num_prefix=self.config.num_prefix_tokens,
             num_candidates=events.num_candidates,
+            plan=self.attention.plan,
         )
         if tokens.randomness is None:
             return tokens
-        inner = tokens.randomness.of(self.inner_slices)
-        outer = tokens.randomness.of(self.slices) if self.sequence_parallel else inner
+        inner, outer = (
+            replace(tokens.randomness, token=rows(tokens.randomness.token, tokens.plan))
+            for rows in (self.inner_rows, self.outer_rows)
+        )
         return replace(tokens, inner_randomness=inner, outer_randomness=outer)
 
     def _embed(self, events: Events, lookup: Lookup) -> Tensor:

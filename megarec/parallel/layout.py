@@ -16,6 +16,8 @@ class LayoutConfig:
         virtual: chunks of layers per stage (interleaved schedule), or None.
         layers_per_chunk: how many layers each chunk holds, in order; None: such that all cost about the same.
         context: ranks that split the tokens of a pack.
+        context_by: how attention sees all of them: `heads`: each rank gets all tokens of some heads; `ring`: keys and
+            values of all ranks pass by.
         sequence_parallel: split the tokens between the layers' products over the tensor-parallel ranks too.
         zero1: share the optimizer state of the dense weights out over the ranks that hold equal weights (ZeRO-1).
         recompute: what the backward pass computes again instead of keeping it: `none`; `attention`: of every block the
@@ -28,6 +30,7 @@ class LayoutConfig:
     virtual: int | None = None
     layers_per_chunk: tuple[int, ...] | None = None
     context: int = 1
+    context_by: Literal["heads", "ring"] = "heads"
     sequence_parallel: bool = False
     zero1: bool = False
     recompute: Literal["none", "attention", "block"] = "none"

@@ -3,73 +3,34 @@
 Names and shapes of the parameters are those of the plain parts, so the same weights fill both.
 """
 
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from megarec_kernels.hstu_attention import hstu_attention
-from megarec_kernels.softmax_attention import softmax_attention
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from megarec.parallel.context.heads import by_heads
-from megarec.parallel.groups import Group, ParallelGroups
-from megarec.parallel.mcore import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    TransformerConfig,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
+from megarec.parallel.context.fill import token_parts
+from megarec.parallel.groups import ParallelGroups
+from megarec.parallel.mcore import ColumnParallelLinear, RowParallelLinear, TransformerConfig
 from megarec.parallel.parts import Linear, Parts, run_again, run_once
 from megarec.parallel.placement import Init, Placement, place
-from megarec.parallel.slices import Slices
 
 
 def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
     """Parts whose split maps are Megatron-Core's and whose attention sees the tokens of all ranks of a replica."""
-    tensor, context = groups.tensor, groups.context
-    parts = Parts(
+    recompute = groups.layout.recompute
+    return Parts(
         linear=Linear,
         column_linear=partial(ColumnLinear, groups=groups, config=config),
         row_linear=partial(RowLinear, groups=groups, config=config),
-        hstu_attention=by_heads(hstu_attention, context),
-        softmax_attention=by_heads(softmax_attention, context),
-        slices=Slices(
-            index=groups.slices.rank,
-            count=groups.slices.size,
-            gather=partial(gather_from_sequence_parallel_region, group=groups.slices.process_group),
-            sum=partial(_reduce, dist.ReduceOp.SUM, groups.slices),
-            max=partial(_reduce, dist.ReduceOp.MAX, groups.slices),
-        ),
-        run_attention=run_again if groups.layout.recompute == "attention" else run_once,
-        run_block=run_again if groups.layout.recompute == "block" else run_once,
-        inner_slices=Slices(index=context.rank, count=context.size),
-        sum_over_heads=partial(all_reduce, group=tensor.process_group),
+        run_attention=run_again if recompute == "attention" else run_once,
+        run_block=run_again if recompute == "block" else run_once,
+        sum_over_heads=partial(all_reduce, group=groups.tensor.process_group),
         sequence_parallel=groups.layout.sequence_parallel,
-        tp_size=tensor.size,
-        tp_rank=tensor.rank,
-        cp_size=context.size,
-        cp_rank=context.rank,
+        tp_size=groups.tensor.size,
+        tp_rank=groups.tensor.rank,
+        **token_parts(groups),
     )
-    if tensor.size == 1 or parts.sequence_parallel:
-        return parts
-    # Every rank computes the gradient of all tokens, so each takes its slice of it and nothing is summed.
-    return replace(
-        parts,
-        enter_blocks=partial(
-            gather_from_sequence_parallel_region, group=tensor.process_group, tensor_parallel_output_grad=False
-        ),
-        leave_blocks=partial(scatter_to_sequence_parallel_region, group=tensor.process_group),
-    )
-
-
-def _reduce(operation: Any, group: Group, x: Tensor) -> Tensor:
-    reduced = x.detach().clone()
-    dist.all_reduce(reduced, op=operation, group=group.process_group)
-    return reduced
 
 
 class ColumnLinear(ColumnParallelLinear):

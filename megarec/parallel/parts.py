@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from megarec_kernels.hstu_attention import hstu_attention
+from megarec_kernels.hstu_attention import bucket_times, hstu_attention
 from megarec_kernels.softmax_attention import softmax_attention
+from megarec_kernels.tiles import TilePlan, plan_tiles
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +32,15 @@ class MakeLinear(Protocol):
     def __call__(self, in_width: int, out_width: int, *, bias: bool, std: float, bias_bound: float = 0.0) -> nn.Module:
         """The map as a module: `module(x)`."""
         ...
+
+
+RowsOf = Callable[[Tensor, Any], Tensor]
+"""From rows of some tokens to rows of others; the second argument is the plan of the attention."""
+
+
+def keep_rows(x: Tensor, _: Any) -> Tensor:
+    """On one rank all tokens are everywhere."""
+    return x
 
 
 Run = Callable[..., Any]
@@ -52,6 +62,28 @@ def run_again(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Attention of the blocks. Plans and buckets are made once per pack and handed to every layer.
+
+    Attributes:
+        plan: from `cu_seqlens`, `num_tokens` and `visibility` to what the others take as `plan`.
+        bucket_times: as the kernel of this name.
+        hstu: as `hstu_attention`, but for q, k and v, which hold this context-parallel rank's tokens.
+        softmax: likewise `softmax_attention`.
+    """
+
+    plan: Callable[..., Any]
+    bucket_times: Callable[..., Any] = bucket_times
+    hstu: Callable[..., Tensor] = hstu_attention
+    softmax: Callable[..., Tensor] = softmax_attention
+
+
+def plan_all_tokens(cu_seqlens: Tensor, **_: Any) -> TilePlan:
+    """The plan of attention over all tokens on one rank."""
+    return plan_tiles(cu_seqlens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a model is filled with.
 
@@ -59,10 +91,10 @@ class Parts:
         linear: a linear map that every rank holds whole.
         column_linear: one whose output features are split over tensor-parallel ranks: every token, local features.
         row_linear: one whose input features are split; its output is summed over tensor-parallel ranks.
-        hstu_attention: as the kernel of this name, but for q, k and v, which hold this context-parallel rank's tokens.
-        softmax_attention: likewise.
+        attention: between the tokens of all ranks.
         slices: which tokens this rank has before and behind the blocks.
-        inner_slices: which it has between the two split maps of a block's half.
+        inner_rows: of a value per token, those of the tokens that this rank has inside the split maps of a block.
+        outer_rows: those of the tokens that it has between them.
         enter_blocks: from this rank's slice of the tokens, `[T / ranks, D]`, to what blocks take.
         leave_blocks: the way back.
         run_attention: how a block runs the half of it that ends with attention: at once, or in the backward pass again.
@@ -71,33 +103,33 @@ class Parts:
         sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
         tp_rank: which of them this one is.
-        cp_size: the number of context-parallel ranks over which attention spreads the heads of a tensor-parallel rank.
-        cp_rank: which of them this one is.
+        heads_size: the number of context-parallel ranks over which attention spreads the heads of this rank.
+        heads_rank: which of them this one is.
     """
 
     linear: MakeLinear
     column_linear: MakeLinear
     row_linear: MakeLinear
-    hstu_attention: Callable[..., Tensor] = hstu_attention
-    softmax_attention: Callable[..., Tensor] = softmax_attention
+    attention: Attention = field(default_factory=lambda: Attention(plan=plan_all_tokens))
     slices: Slices = field(default_factory=Slices)
-    inner_slices: Slices = field(default_factory=Slices)
-    enter_blocks: Callable[[Tensor], Tensor] = lambda x: x
-    leave_blocks: Callable[[Tensor], Tensor] = lambda x: x
+    inner_rows: RowsOf = keep_rows
+    outer_rows: RowsOf = keep_rows
+    enter_blocks: RowsOf = keep_rows
+    leave_blocks: RowsOf = keep_rows
     run_attention: Run = run_once
     run_block: Run = run_once
     sum_over_heads: Callable[[Tensor], Tensor] = lambda x: x
     sequence_parallel: bool = False
     tp_size: int = 1
     tp_rank: int = 0
-    cp_size: int = 1
-    cp_rank: int = 0
+    heads_size: int = 1
+    heads_rank: int = 0
 
     def attention_heads(self, num_heads: int) -> range:
         """The heads, of `num_heads`, whose scores this rank computes."""
         own = range(num_heads)[self.own_part(num_heads)]
-        count = len(own) // self.cp_size
-        return own[self.cp_rank * count : (self.cp_rank + 1) * count]
+        count = len(own) // self.heads_size
+        return own[self.heads_rank * count : (self.heads_rank + 1) * count]
 
     def own_part(self, size: int) -> slice:
         """This rank's part of `size` heads, or of channels laid out head by head."""

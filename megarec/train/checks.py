@@ -50,13 +50,19 @@ def check_stages(config: TrainConfig, *, world: int) -> None:
 def check_heads(config: TrainConfig) -> None:
     """Whole heads and whole channels on every rank that splits a block."""
     layout, block = config.layout, config.model.block
-    ranks = layout.tensor * layout.context
+    ranks = layout.tensor * (layout.context if layout.context_by == "heads" else 1)
     if block.num_heads % ranks:
         possible = [str(n) for n in range(1, block.num_heads + 1) if block.num_heads % n == 0]
         raise UserError(
-            f"{block.num_heads} heads do not divide over {ranks} ranks (tensor x context)",
+            f"{block.num_heads} heads do not divide over {ranks} ranks",
             where="layout",
-            fix=f"tensor x context can be {' or '.join(possible)}",
+            fix=f"tensor (times context, unless context_by=ring) can be {' or '.join(possible)}",
+        )
+    if isinstance(config.model, SasrecConfig) and config.model.dropout and layout.context_by == "ring":
+        raise UserError(
+            "the dropout of attention probabilities is not made in a ring",
+            where="layout.context_by",
+            fix="Set it to heads, or model.dropout=0",
         )
     if isinstance(config.model, SasrecConfig) and config.model.block.feed_forward_width % layout.tensor:
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megarec.embedding.tables import OwnedGradients, TableGroup
 from megarec.layers.dropout import Dropout
 from megarec.layers.hstu_block import HstuBlock
+from megarec.parallel.context.ring import Ring, RingPlan, _Home
 from megarec.parallel.placement import Placement, place, placements
 from megarec.train import objective as objective_module
 from megarec.train.batches import PackWork, StepBatch
@@ -124,6 +125,20 @@ def second_chunk_reads_another_pack() -> None:
     Objective.forward = misread  # type: ignore[method-assign]
 
 
+def skip_a_ring_step() -> None:
+    original = Ring.plan
+
+    def plan(self: Ring, *args: Any, **settings: Any) -> RingPlan:
+        whole = original(self, *args, **settings)
+        return replace(whole, steps=(*whole.steps[:-1], ()))
+
+    Ring.plan = plan  # type: ignore[method-assign]
+
+
+def gradients_stay_away() -> None:
+    _Home.send_on = nothing  # type: ignore[method-assign,assignment]
+
+
 FAULTS: dict[str, Fault] = {
     "norm gradient not reduced under sequence parallelism": Fault(
         layout="tp2 sp",
@@ -155,5 +170,7 @@ FAULTS: dict[str, Fault] = {
     "padding leaks into attention": Fault(layout="cp2", plant=padding_pushes_back),
     "dropout keyed by rank": Fault(layout="dp2", switches="argus", plant=key_dropout_by_rank),
     "dropout of the first rank's channels": Fault(layout="tp2", plant_in=first_ranks_dropout),
+    "a ring step is skipped": Fault(layout="ring2", plant=skip_a_ring_step),
+    "gradients of keys do not come home": Fault(layout="ring2", switches="argus", plant=gradients_stay_away),
     "a virtual chunk reads the wrong pack": Fault(layout="pp2 vp2", plant=second_chunk_reads_another_pack),
 }

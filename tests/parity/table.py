@@ -40,6 +40,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "argus": {"model": ARGUS},
     "hstu": {"model": HSTU},
     "sasrec": {"model": SASREC},
+    "sasrec, no dropout": {"model": {**SASREC, "dropout": 0.0}},
     "hstu, per-head norm": {"model": hstu(**PER_HEAD)},
     "hstu, all-heads norm with scale": {"model": hstu(output_norm_affine=True, input_norm_affine=True, uvqk_bias=True)},
     "hstu, softmax": {"model": hstu(weighting="softmax", num_time_buckets=0, position_bias=False)},
@@ -83,6 +84,12 @@ LAYOUTS: dict[str, Layout] = {
     "tp4 sp": Layout(world=4, sizes={"tensor": 4, "sequence_parallel": True}),
     "cp2": Layout(world=2, sizes={"context": 2}),
     "cp4": Layout(world=4, sizes={"context": 4}),
+    "ring2": Layout(world=2, sizes={"context": 2, "context_by": "ring"}),
+    "ring3": Layout(world=3, sizes={"context": 3, "context_by": "ring"}, stream={"tokens_per_pack": 288}),
+    "ring4": Layout(world=4, sizes={"context": 4, "context_by": "ring"}),
+    "tp2 ring2": Layout(world=4, sizes={"tensor": 2, "context": 2, "context_by": "ring"}),
+    "tp2 sp ring2": Layout(world=4, sizes={"tensor": 2, "context": 2, "context_by": "ring", "sequence_parallel": True}),
+    "ring2 pp2": Layout(world=4, sizes={"context": 2, "context_by": "ring", "pipeline": 2}),
     "pp2": Layout(world=2, sizes={"pipeline": 2}),
     "pp2 uneven": Layout(world=2, sizes={"pipeline": 2, "layers_per_chunk": [1, 3]}),
     "pp4": Layout(world=4, sizes={"pipeline": 4}),
@@ -136,6 +143,12 @@ WHAT_A_LAYOUT_ISOLATES = {
     "tp4 sp": "slices that end within a history",
     "cp2": "heads for tokens and back, dropout by token number",
     "cp4": "one head a rank, on all tokens",
+    "ring2": "partial sums, the way home of gradients, tokens that change ranks before and behind the blocks",
+    "ring3": "steps whose keys come from neither neighbour, heads that do not divide over the ranks",
+    "ring4": "histories that lie on all ranks",
+    "tp2 ring2": "shares of tokens that tensor-parallel ranks hold together",
+    "tp2 sp ring2": "the same in slices between the maps",
+    "ring2 pp2": "stages that send shares of the tokens",
     "pp2": "what each stage holds, its rows and its losses",
     "pp2 uneven": "layers are named by their number in the whole stack",
     "pp4": "middle stages, which ask the tables for nothing",
@@ -156,12 +169,13 @@ WHAT_A_LAYOUT_ISOLATES = {
     "dp2 no overlap": "sums of gradients behind the backward pass",
 }
 
-EVERY_SWITCH = ("tp2", "tp2 sp", "cp2", "pp2", "dp2")
+EVERY_SWITCH = ("tp2", "tp2 sp", "cp2", "ring2", "pp2", "dp2")
 FAST = {
     **dict.fromkeys(LAYOUTS, ("hstu, prefix",)),
     "tp2": ("argus", "hstu", "full softmax", "candidates", "hstu, per-head norm"),
     "tp2 sp": ("argus, interleaved", "hstu, all-heads norm with scale", "per-position negatives"),
     "cp2": ("argus", "hstu, prefix", "sasrec"),
+    "ring2": ("argus", "hstu, prefix", "candidates", "sasrec, no dropout"),
     "pp2": ("argus, interleaved", "hstu, prefix", "full softmax"),
     "dp2": ("argus", "feedback alone"),
 }
@@ -171,4 +185,5 @@ TABLE = [
     Row(layout=layout, switches=switches, isolates=isolates, slow=switches not in FAST[layout])
     for layout, isolates in WHAT_A_LAYOUT_ISOLATES.items()
     for switches in (SWITCHES if layout in EVERY_SWITCH else CROSSED)
+    if not ("ring" in layout and switches == "sasrec")  # which drops attention probabilities
 ]

@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 SETTINGS = {"num_steps": 20, "tables": {}, "optimizer": {}}
 FAST = ("tp2 sp", "cp2", "pp2 vp2", "dp2 zero1")
-OTHERS = ("dp2", "tp2", "tp4", "pp4", "tp2 cp2", "tp2 dp2 zero1", "cp2 dp2 zero1", "tp2 sp pp2 dp2 zero1")
+OTHERS = ("dp2", "ring2", "tp2", "tp4", "pp4", "tp2 cp2", "tp2 dp2 zero1", "cp2 dp2 zero1", "tp2 sp pp2 dp2 zero1")
 CURVES = [pytest.param(name, marks=[pytest.mark.slow] if name in OTHERS else [], id=name) for name in (*FAST, *OTHERS)]
 
 
