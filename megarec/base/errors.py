@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -43,37 +43,70 @@ def nearest(word: str, words: list[str]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Allowed: {', '.join(sorted(words))}"
 
 
-def run_command(body: Callable[[], None]) -> NoReturn:
+class Peers(Protocol):
+    """The other processes of a job: what ends all of them is said once, and all end with the same exit code."""
+
+    def refuse(self, line: str, code: int) -> None:
+        """Says `line` on standard error unless another process has said it; they all will end with `code`."""
+        ...
+
+    def refused(self) -> int | None:
+        """The exit code of the process whose end is the reason of this one's error, if one has refused."""
+        ...
+
+
+class NoPeers:
+    """A job of one process."""
+
+    def refuse(self, line: str, code: int) -> None:
+        """Says `line` on standard error."""
+        print(line, file=sys.stderr)  # noqa: T201
+
+    def refused(self) -> int | None:
+        """Nobody else can have."""
+        return None
+
+
+def run_command(body: Callable[[], None], *, peers: Callable[[], Peers] = NoPeers) -> NoReturn:
     """Runs a command and ends the process: 0 done, 2 the user's mistake, 1 anything else.
 
     A user's mistake, a path that the system refuses, a full disk, too little memory and an interrupt are one line on
     standard error, never a traceback.
+
+    Args:
+        body: the command.
+        peers: how to reach the other processes of the job, asked for after an error.
     """
     code = EXIT_DONE
     try:
         body()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        code = EXIT_USER_ERROR
     except BrokenPipeError:  # who read the output has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {error.filename}" if error.filename else ""
-            print(f"error: no space left on the disk{where}. Free some and run again", file=sys.stderr)  # noqa: T201
-            code = EXIT_FAILED
-        elif error.errno in _REFUSED_PATHS and error.filename:
-            print(f"error: {error.filename}: {error.strerror}. Check the path", file=sys.stderr)  # noqa: T201
-            code = EXIT_USER_ERROR
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = explain(error)
+        if line:
+            peers().refuse(line, code)
+        elif (others := peers().refused()) is None:
             raise
-    except KeyboardInterrupt:
-        print("interrupted: only what was complete is left", file=sys.stderr)  # noqa: T201
-        code = EXIT_FAILED
-    except MemoryError as error:
-        print(f"error: out of memory ({str(error)[:200]}). Lower the sizes", file=sys.stderr)  # noqa: T201
-        code = EXIT_FAILED
+        else:
+            code = others
     sys.stdout.flush()
     sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The line that tells the user of an error, empty for one that wants a traceback, and the exit code."""
+    if isinstance(error, UserError):
+        return f"error: {error}", EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: only what was complete is left", EXIT_FAILED
+    if isinstance(error, MemoryError):
+        return f"error: out of memory ({str(error)[:200]}). Lower the sizes", EXIT_FAILED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"error: no space left on the disk{where}. Free some and run again", EXIT_FAILED
+    if isinstance(error, OSError) and error.errno in _REFUSED_PATHS and error.filename:
+        return f"error: {error.filename}: {error.strerror}. Check the path", EXIT_USER_ERROR
+    return "", EXIT_FAILED

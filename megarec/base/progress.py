@@ -1,5 +1,6 @@
 """What a command shows: results on standard output, long work as a bar with rate and time left on standard error."""
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,11 +9,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+SAID = "megarec.said"  # the logger that gets what `say` shows
 
 
 def say(text: str) -> None:
-    """Prints a part of the result, at once."""
+    """Prints a part of the result, at once; a run's `main.log` gets it too."""
     print(text, flush=True)  # noqa: T201
+    logging.getLogger(SAID).info(text)
 
 
 def track(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> Iterator[T]:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarec.base.config import build, describe, flatten, plain
-from megarec.base.errors import UserError, nearest, run_command
+from megarec.base.errors import NoPeers, Peers, UserError, nearest, run_command
 from megarec.base.progress import say
 
 C = TypeVar("C")
@@ -38,6 +38,7 @@ def run(
     about: str | None,
     presets: str | None = None,
     ready: Ready | None = None,
+    peers: Callable[[], Peers] = NoPeers,
 ) -> NoReturn:
     """Runs one command: reads its settings, does its work and ends the process with its exit code.
 
@@ -48,9 +49,11 @@ def run(
         about: what it does, for `--help`.
         presets: see `read_command_line`.
         ready: see `read_command_line`.
+        peers: the other processes of the job, see `run_command`.
     """
     run_command(
-        lambda: work(build(kind, read_command_line(name, kind, about=about or "", presets=presets, ready=ready)))
+        lambda: work(build(kind, read_command_line(name, kind, about=about or "", presets=presets, ready=ready))),
+        peers=peers,
     )
 
 

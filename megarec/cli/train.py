@@ -8,7 +8,7 @@ A run directory that holds an interrupted run is continued from its newest check
 import os
 from typing import TYPE_CHECKING
 
-from megarec.base.errors import UserError
+from megarec.base.errors import NoPeers, Peers, UserError
 from megarec.cli.command import run
 from megarec.metrics.protocol import PROTOCOLS
 from megarec.train.config import TrainConfig
@@ -19,18 +19,29 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs `megarec-train`."""
-    run("megarec-train", TrainConfig, _work, about=__doc__, presets="train", ready={"protocol": PROTOCOLS})
+    run(
+        "megarec-train",
+        TrainConfig,
+        _work,
+        about=__doc__,
+        presets="train",
+        ready={"protocol": PROTOCOLS},
+        peers=find_peers,
+    )
 
 
 def _work(config: TrainConfig) -> None:
     from megarec.base.device import require_device
+    from megarec.base.rank_log import RankLog
     from megarec.cli.periodic_evaluation import PeriodicEvaluation
     from megarec.train.run import train
 
     if config.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    require_device(config.device)
-    train(config, read_process_info(), PeriodicEvaluation())
+    process = read_process_info()
+    with RankLog(process.rank) as log:
+        require_device(config.device)
+        train(config, process, PeriodicEvaluation(), log)
 
 
 def read_process_info() -> "ProcessInfo":
@@ -50,6 +61,19 @@ def read_process_info() -> "ProcessInfo":
         raise UserError(
             f"RANK is set, but the rest is not as torchrun sets it ({error})", where="environment"
         ) from None
+
+
+def find_peers() -> Peers:
+    """The other ranks that torchrun started, to whom a rank that ends by an error talks."""
+    if "RANK" not in os.environ:
+        return NoPeers()
+    from megarec.parallel.peers import TorchrunPeers
+
+    try:
+        process = read_process_info()
+    except UserError:  # the very mistake that is to be told
+        return NoPeers()
+    return TorchrunPeers(process) if process.world > 1 else NoPeers()
 
 
 if __name__ == "__main__":

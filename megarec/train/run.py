@@ -4,17 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from megarec.base.config import flatten, plain
 from megarec.base.errors import UserError
 from megarec.base.files import new_file
 from megarec.base.memory import keep_freed_memory
+from megarec.base.rank_log import RankLog
 from megarec.checkpoint.load import Checkpoint
 from megarec.checkpoint.manifest import read_pointer
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.data.dataset import open_dataset
-from megarec.parallel.groups import ProcessInfo, start, stop
+from megarec.parallel.groups import ParallelGroups, ProcessInfo, start, stop
 from megarec.train import state
 from megarec.train.checks import check_dataset, check_evaluation, check_run
 from megarec.train.config import TrainConfig
@@ -38,13 +40,14 @@ CHANGEABLE = (
 CHANGEABLE_SECTIONS = ("evaluate_", "protocol.", "checkpoint.", "layout.", "stream.prefetch_steps")
 
 
-def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> None:
+def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator, log: RankLog | None = None) -> None:
     """Trains `config` to its last step, from the newest checkpoint in its run directory if there is one. Collective.
 
     Args:
         config: the run, equal on every rank.
         process: what the launcher told this process.
         evaluator: the periodic evaluation.
+        log: what gets its folder in the run directory once the run is known to be good.
 
     Raises:
         UserError: the configuration does not fit the dataset, the ranks, or the run found in the run directory.
@@ -74,6 +77,9 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator) -> No
             state.restore(newest, trainer)
         if groups.world.rank == 0:  # not before all of it is known to fit together
             write_config(run_dir, config)
+        if log is not None:
+            dist.barrier()  # a run directory that holds logs and no configuration would not be found again
+            log.open(run_dir / "logs", about=whereabouts(groups))
         trainer.fit()
     finally:
         stop()
@@ -116,6 +122,13 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     with new_file(run_dir / "config.yaml") as staging:
         staging.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def whereabouts(groups: ParallelGroups) -> str:
+    """The device of this rank and its place in the layout: `cuda:3, of 8 ranks, tensor 1 of 2, ...`, counted from 0."""
+    dimensions = ("tensor", "context", "pipeline", "data")
+    places = [f"{name} {getattr(groups, name).rank} of {getattr(groups, name).size}" for name in dimensions]
+    return f"device {groups.device}, world {groups.world.rank} of {groups.world.size}, {', '.join(places)}"
 
 
 def _hooks(run_dir: Path, evaluator: Evaluator, writer: CheckpointWriter) -> list[Hook]:

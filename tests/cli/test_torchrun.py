@@ -51,6 +51,13 @@ def test_two_processes_survive_a_kill(tmp_path: Path) -> None:
     output = finish(start(data, tmp_path / "whole", 2))
     assert "2 ranks" in output
     assert output.count("evaluation at step") == 2
+    logs = tmp_path / "whole" / "logs"
+    assert sorted(path.name for path in logs.iterdir()) == ["main.log", "rank-00000.log", "rank-00001.log"]
+    said = (logs / "main.log").read_text()
+    assert said.count("step 40/40") == 1
+    assert all(line in output for line in said.splitlines())
+    second = (logs / "rank-00001.log").read_text()
+    assert "world 1 of 2" in second and "data 1 of 2" in second and second.rstrip().endswith("finished")
     victim = start(data, tmp_path / "killed", 2)
     while read_pointer(tmp_path / "killed" / "checkpoints", "latest") is None and victim.poll() is None:
         time.sleep(0.01)
