@@ -67,7 +67,7 @@ def find_peers() -> Peers:
     """The other ranks that torchrun started, to whom a rank that ends by an error talks."""
     if "RANK" not in os.environ:
         return NoPeers()
-    from megarec.parallel.peers import TorchrunPeers
+    from megarec.train.peers import TorchrunPeers
 
     try:
         process = read_process_info()

@@ -7,7 +7,7 @@ import pytest
 
 from megarec.base.errors import UserError, run_command
 from megarec.parallel.groups import ProcessInfo
-from megarec.parallel.peers import TorchrunPeers
+from megarec.train.peers import TorchrunPeers
 from tests.ranks import run_ranks
 
 
