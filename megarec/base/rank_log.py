@@ -48,8 +48,9 @@ class RankLog:
         self._level = self._log.level
         self._log.setLevel(logging.INFO)
         logging.captureWarnings(True)
-        self._found_faults = faulthandler.is_enabled()
-        faulthandler.enable(self._file)
+        self._shows_faults = not faulthandler.is_enabled()
+        if self._shows_faults:  # where a process died that left no traceback
+            faulthandler.enable(self._file)
         return self
 
     def open(self, folder: Path, *, about: str) -> None:
@@ -84,9 +85,8 @@ class RankLog:
             self._log.error("refused: %s", error)
         else:
             self._log.error("stopped by %s", type(error).__name__, exc_info=error)
-        faulthandler.disable()
-        if self._found_faults:
-            faulthandler.enable()
+        if self._shows_faults:
+            faulthandler.disable()
         _flush()
         for descriptor, terminal in self._terminal.items():
             os.dup2(terminal, descriptor)

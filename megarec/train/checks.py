@@ -1,5 +1,7 @@
 """Rules that involve more than one section of the configuration or the dataset, one small function each."""
 
+from dataclasses import replace
+
 from megarec.base.errors import UserError, nearest
 from megarec.data.dataset import Dataset
 from megarec.data.stream import StreamConfig
@@ -7,20 +9,35 @@ from megarec.models.hstu.config import HstuConfig
 from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.shape import input_shape
 from megarec.train.config import TrainConfig
+from megarec.train.layouts import name_nearest
 
 ALIGNMENT = 16
 
 
 def check_run(config: TrainConfig, *, world: int) -> None:
     """Refuses what the configuration alone rules out, before any process group is made."""
-    check_heads(config)
     check_stream(config)
-    check_lanes(config, world=world)
-    check_stages(config, world=world)
-    check_pack_size(config)
+    try:
+        check_layout(config, world=world)
+    except UserError as error:
+        raise name_nearest(
+            error,
+            config.layout,
+            lambda layout: check_layout(replace(config, layout=layout), world=world),
+            world=world,
+            num_layers=config.model.num_layers,
+        ) from None
     check_positions(config)
     check_candidates(config)
     check_best(config)
+
+
+def check_layout(config: TrainConfig, *, world: int) -> None:
+    """The layout fits the ranks, the model and the stream."""
+    check_heads(config)
+    check_lanes(config, world=world)
+    check_stages(config, world=world)
+    check_pack_size(config)
 
 
 def check_stages(config: TrainConfig, *, world: int) -> None:

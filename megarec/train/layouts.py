@@ -13,7 +13,7 @@ MAX_NAMED = 3
 def name_nearest(
     error: UserError, wanted: LayoutConfig, fits: Callable[[LayoutConfig], None], *, world: int, num_layers: int
 ) -> UserError:
-    """`error` with up to three layouts behind it that pass `fits`, see `nearest_layouts`; as it was if there is none."""
+    """`error` with up to three layouts behind it that pass `fits`, see `nearest_layouts`; as it was if none does."""
     layouts = nearest_layouts(wanted, fits, world=world, num_layers=num_layers)
     if not layouts:
         return error

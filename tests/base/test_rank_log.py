@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,3 +102,10 @@ def test_nothing_of_it_stays_behind(tmp_path: Path, capfd: pytest.CaptureFixture
     assert (list(root.handlers), ours.level, warnings.showwarning, sorted(os.listdir("/proc/self/fd"))) == before
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_fault_in_c_leaves_its_place(tmp_path: Path) -> None:
+    program = SPEAK.split("    say(")[0] + "    import ctypes; ctypes.string_at(0)\n"
+    dead = subprocess.run([sys.executable, "-c", program, "1", str(tmp_path)], capture_output=True, check=False)
+    assert dead.returncode == -signal.SIGSEGV
+    assert "string_at" in read(tmp_path, "rank-00001.log")

@@ -87,7 +87,7 @@ def test_a_typo_names_the_nearest_key(command: str, capsys: pytest.CaptureFixtur
         (["stream.keep_last_event=true"], "stream.keep_last_event: True would not count, model.token_layout decides"),
         (["stream.prefix_tokens=3"], "stream.prefix_tokens: 3 would not count, model.prefix_fields decides"),
         (["layout.tensor=2"], "one replica takes 2 ranks (tensor x pipeline x context), which does not divide 1"),
-        (["layout.context=2"], "stages and context-parallel ranks are not in this version"),
+        (["layout.context=2"], "which does not divide 1. Nearest layouts that work on 1 rank: tensor=1"),
         (["stream.max_history_events=4096"], "windows of 4096 events do not fit 512 positions"),
         (["checkpoint.keep_best=ndcg@10"], "nothing measures 'ndcg@10'. Set evaluate_every_steps"),
         (["protocol=hstu"], "protocol: 'hstu' is not there. Allowed: default, full_filter"),

@@ -36,7 +36,9 @@ def fits(layout: LayoutConfig, world: int, *, heads: int, layers: int, lanes: in
 
 def every_layout(most: int, *, virtual: tuple[int | None, ...] = (None, 2)) -> list[LayoutConfig]:
     layouts = []
-    for tensor, pipeline, context, chunks in product(range(1, most + 1), range(1, most + 1), range(1, most + 1), virtual):
+    for tensor, pipeline, context, chunks in product(
+        range(1, most + 1), range(1, most + 1), range(1, most + 1), virtual
+    ):
         if chunks is None or pipeline > 1:
             layouts.append(LayoutConfig(tensor=tensor, pipeline=pipeline, context=context, virtual=chunks))
     return layouts
@@ -72,9 +74,15 @@ def test_what_is_named_fits_and_what_fits_is_named(world: int) -> None:
     ("layout", "sizes", "line"),
     [
         (
+            {"pipeline": 3},
+            {"heads": 4, "layers": 4, "lanes": 8},
+            "one replica takes 3 ranks (tensor x pipeline x context), which does not divide 8. "
+            "Nearest layouts that work on 8 ranks: pipeline=4; pipeline=2; tensor=2 pipeline=2",
+        ),
+        (
             {"tensor": 3},
             {"heads": 4, "layers": 2, "lanes": 8},
-            "one replica takes 3 ranks (tensor x pipeline x context), which does not divide 8. "
+            "4 heads do not divide over 3 ranks (tensor x context). tensor x context can be 1 or 2 or 4. "
             "Nearest layouts that work on 8 ranks: tensor=4; tensor=2; tensor=2 context=2",
         ),
         ({"tensor": 8}, {"heads": 4, "layers": 2, "lanes": 8}, "Nearest layouts that work on 8 ranks: tensor=4; "),
@@ -90,13 +98,21 @@ def test_what_is_named_fits_and_what_fits_is_named(world: int) -> None:
             {"heads": 1, "layers": 4, "lanes": 4},
             "1 packs per replica are not a multiple of 2 stages",
         ),
-        ({}, {"heads": 4, "layers": 2, "lanes": 4}, "Nearest layouts that work on 8 ranks: tensor=2; pipeline=2; context=2"),
+        (
+            {},
+            {"heads": 4, "layers": 2, "lanes": 4},
+            "Nearest layouts that work on 8 ranks: tensor=2; context=2; pipeline=2",
+        ),
         (
             {"tensor": 4, "sequence_parallel": True},
             {"heads": 2, "layers": 2, "lanes": 8},
             "Nearest layouts that work on 8 ranks: tensor=2 sequence_parallel=true; ",
         ),
-        ({"tensor": 4}, {"heads": 4, "layers": 2, "lanes": 8, "tokens": 96}, "tokens_per_pack: 96 is not a multiple of 64"),
+        (
+            {"tensor": 4},
+            {"heads": 4, "layers": 2, "lanes": 8, "tokens": 96},
+            "tokens_per_pack: 96 is not a multiple of 64",
+        ),
     ],
     ids=str,
 )
@@ -112,13 +128,10 @@ def test_nothing_is_named_where_nothing_fits() -> None:
         check_run(make(LayoutConfig(), heads=2, layers=2, lanes=4), world=7)
 
 
-def test_other_settings_of_the_layout_stay() -> None:
-    wanted = LayoutConfig(tensor=4, pipeline=2, layers_per_chunk=(3, 1), zero1=True)
-    near = nearest_layouts(wanted, lambda layout: None, world=4, num_layers=4)
-    assert all(layout.zero1 for layout in near)
-    assert [layout.layers_per_chunk for layout in near] == [
-        (3, 1) if layout.pipeline == 2 else None for layout in near
-    ]
+def test_layers_stay_where_they_were_put_while_there_are_as_many_chunks() -> None:
+    wanted = LayoutConfig(pipeline=2, layers_per_chunk=(3, 1))
+    near = nearest_layouts(wanted, lambda layout: None, world=2, num_layers=4)
+    assert {layout.pipeline: layout.layers_per_chunk for layout in near} == {1: None, 2: (3, 1)}
 
 
 def test_thousands_of_ranks_take_no_time() -> None:
