@@ -18,11 +18,13 @@ install: .venv/.installed ## make .venv with megarec and its development tools
 quickstart: install ## log -> shards -> train -> evaluate -> convert -> recommend -> report, on the CPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
-lint: install ## format, ruff, mypy, import floors
+lint: install ## format, ruff, mypy, import floors, shell scripts, Dockerfiles
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run examples/*/*.sh examples/*/*.sbatch
+	$(BIN)/hadolint --config docker/hadolint.yaml docker/Dockerfile.*
 
 # Tests fork several ranks: one thread each, and nothing to compile.
 test test-all: export OMP_NUM_THREADS = 1

@@ -13,7 +13,8 @@ Usage, on every host: NNODES=2 MASTER_ADDR=host0 [NODE_RANK=0] launch.sh key=val
   NPROC_PER_NODE   processes per host; the number of its GPUs, or 1
   JOB_ID           what tells this job from another one that meets at the same place; megarec
   MAX_RESTARTS     how often all processes are started again after one fails; 3
-  LOCAL_ADDR       the address of this host that the others reach, where its name does not resolve
+  LOCAL_ADDR       the address of this host that the others reach, where its name does not lead to it; on the host of
+                   MASTER_ADDR the same text as there
 TEXT
 }
 
@@ -36,12 +37,17 @@ processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-meet=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-megarec}")
 if [[ -n ${NODE_RANK:-} ]]; then
   meet=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
+else
+  meet=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-megarec}")
 fi
 if [[ -n ${LOCAL_ADDR:-} ]]; then
   meet+=(--local-addr "$LOCAL_ADDR")
+  # An agent knows by its host's name that the others meet at it; here it has to be told.
+  if [[ -z ${NODE_RANK:-} ]]; then
+    meet+=(--rdzv-conf "is_host=$([[ $LOCAL_ADDR == "$address" ]] && printf 1 || printf 0)")
+  fi
 fi
 exec torchrun --nnodes "$nnodes" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" "${meet[@]}" \
   -m megarec.cli.train "$@"
