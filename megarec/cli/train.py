@@ -73,7 +73,9 @@ def find_peers() -> Peers:
         process = read_process_info()
     except UserError:  # the very mistake that is to be told
         return NoPeers()
-    return TorchrunPeers(process) if process.world > 1 else NoPeers()
+    if process.world == 1:
+        return NoPeers()
+    return TorchrunPeers(process, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 if __name__ == "__main__":

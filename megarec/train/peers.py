@@ -16,7 +16,7 @@ _REACH_SECONDS = 10.0  # to find the store
 _END_SECONDS = 5.0  # for the others to come to the same end; who waits in a collective cannot
 _NOTICE_SECONDS = 3.0  # a rank that refuses says so before its connections close; the rest is slack
 _POLL_SECONDS = 0.02
-_REFUSED, _ENDED, _LEFT = "megarec/refused", "megarec/ended", "megarec/left"
+_REFUSED, _ENDED, _LEFT = "refused", "ended", "left"
 
 
 class TorchrunPeers:
@@ -27,10 +27,13 @@ class TorchrunPeers:
 
     Args:
         process: what the launcher said; its rendezvous is `env://`.
+        attempt: how often the launcher has started the ranks again. The store may outlive an attempt: a line is said
+            once in all of them, but who ended one is not the reason of an error in the next.
     """
 
-    def __init__(self, process: ProcessInfo) -> None:
+    def __init__(self, process: ProcessInfo, attempt: int = 0) -> None:
         self._process = process
+        self._attempt = attempt
 
     def refuse(self, line: str, code: int) -> None:
         """Says `line` unless another rank has, then waits for the others a while, so that all end by themselves."""
@@ -41,7 +44,7 @@ class TorchrunPeers:
             print(line, file=sys.stderr, flush=True)  # noqa: T201
         if store is not None:
             with contextlib.suppress(RuntimeError):
-                store.set(_REFUSED, str(code))
+                store.set(self._key(_REFUSED), str(code))
                 self._end_together(store)
 
     def refused(self) -> int | None:
@@ -50,9 +53,9 @@ class TorchrunPeers:
         if store is None:
             return None
         try:
-            if not _await(lambda: store.check([_REFUSED]), _NOTICE_SECONDS):
+            if not _await(lambda: store.check([self._key(_REFUSED)]), _NOTICE_SECONDS):
                 return None
-            code = int(store.get(_REFUSED))
+            code = int(store.get(self._key(_REFUSED)))
         except RuntimeError:
             return None
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -76,12 +79,15 @@ class TorchrunPeers:
         return store
 
     def _end_together(self, store: Any) -> None:
-        store.add(_ENDED, 1)
-        if not _await(lambda: store.add(_ENDED, 0) >= self._process.world, _END_SECONDS):
+        store.add(self._key(_ENDED), 1)
+        if not _await(lambda: store.add(self._key(_ENDED), 0) >= self._process.world, _END_SECONDS):
             return
-        store.add(_LEFT, 1)
+        store.add(self._key(_LEFT), 1)
         if self._process.rank == 0:  # hosts the store where torchrun's agent does not
-            _await(lambda: store.add(_LEFT, 0) >= self._process.world, _END_SECONDS)
+            _await(lambda: store.add(self._key(_LEFT), 0) >= self._process.world, _END_SECONDS)
+
+    def _key(self, what: str) -> str:
+        return f"megarec/{self._attempt}/{what}"
 
 
 def _count(store: Any, key: str) -> int:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from megarec.base.config import flatten, plain
@@ -16,6 +15,7 @@ from megarec.checkpoint.load import Checkpoint
 from megarec.checkpoint.manifest import read_pointer
 from megarec.checkpoint.save import CheckpointWriter
 from megarec.data.dataset import open_dataset
+from megarec.parallel.broadcast import broadcast_object
 from megarec.parallel.groups import ParallelGroups, ProcessInfo, start, stop
 from megarec.train import state
 from megarec.train.checks import check_dataset, check_evaluation, check_run
@@ -78,7 +78,8 @@ def train(config: TrainConfig, process: ProcessInfo, evaluator: Evaluator, log: 
         if groups.world.rank == 0:  # not before all of it is known to fit together
             write_config(run_dir, config)
         if log is not None:
-            dist.barrier()  # a run directory that holds logs and no configuration would not be found again
+            # after rank 0 has written it: logs without a configuration would not be taken for a run
+            broadcast_object(None, groups.world)
             log.open(run_dir / "logs", about=whereabouts(groups))
         trainer.fit()
     finally:

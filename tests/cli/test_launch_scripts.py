@@ -35,7 +35,8 @@ def run(script: str, *arguments: str, folder: Path, **environment: str) -> "subp
         ),
         (
             {"NNODES": "2", "MASTER_ADDR": "host0", "JOB_ID": "7", "NPROC_PER_NODE": "8", "MAX_RESTARTS": "0"},
-            "--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint host0:29500 --rdzv-id 7",
+            "--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint host0:29500 "
+            "--rdzv-id 7",
         ),
         (
             {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "LOCAL_ADDR": "10.0.0.2", "MASTER_PORT": "5000"},

@@ -68,6 +68,24 @@ def test_a_fault_of_ours_stays_a_traceback_on_every_rank() -> None:
     assert run_ranks(crash, 2) == ["a fault of ours"] * 2
 
 
+def again(process: ProcessInfo) -> int:
+    store = TorchrunPeers(process)._reach()  # outlives the attempt, as that of torchrun's agent does
+    assert store is not None
+    end(process, all_refuse)
+    with pytest.raises(SystemExit) as same_attempt:
+        run_command(broken, peers=lambda: TorchrunPeers(process))
+    with pytest.raises(RuntimeError):
+        run_command(broken, peers=lambda: TorchrunPeers(process, attempt=1))
+    with pytest.raises(SystemExit):
+        run_command(lambda: all_refuse(process.rank), peers=lambda: TorchrunPeers(process, attempt=2))
+    return int(same_attempt.value.code or 0)
+
+
+def test_what_ended_an_attempt_does_not_hide_an_error_of_the_next(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(again, 2) == [2, 2]
+    assert capfd.readouterr().err == "error: stream.lanes: cannot be shared\n"
+
+
 def alone(process: ProcessInfo) -> tuple[int, bool]:
     nowhere = ProcessInfo(rank=1, world=2, rendezvous="env://")
     return end(nowhere, all_refuse)
