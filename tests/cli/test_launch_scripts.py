@@ -31,11 +31,11 @@ def run(script: str, *arguments: str, folder: Path, **environment: str) -> "subp
     [
         (
             {"NNODES": "2", "MASTER_ADDR": "host0", "NODE_RANK": "1"},
-            "--nnodes 2 --nproc-per-node 1 --max-restarts 3 --node-rank 1 --master-addr host0 --master-port 29500",
+            "--nnodes 2 --nproc-per-node 1 --max-restarts 0 --node-rank 1 --master-addr host0 --master-port 29500",
         ),
         (
-            {"NNODES": "2", "MASTER_ADDR": "host0", "JOB_ID": "7", "NPROC_PER_NODE": "8", "MAX_RESTARTS": "0"},
-            "--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint host0:29500 "
+            {"NNODES": "2", "MASTER_ADDR": "host0", "JOB_ID": "7", "NPROC_PER_NODE": "8", "MAX_RESTARTS": "5"},
+            "--nnodes 2 --nproc-per-node 8 --max-restarts 5 --rdzv-backend c10d --rdzv-endpoint host0:29500 "
             "--rdzv-id 7",
         ),
         (
@@ -67,6 +67,12 @@ def test_hosts_that_cannot_find_each_other_are_refused(tmp_path: Path) -> None:
     done = run("launch.sh", "data=a", folder=tmp_path, NNODES="2")
     assert done.returncode == 2
     assert done.stderr == "error: MASTER_ADDR is not set. Name a host that all others reach\n"
+
+
+def test_restarts_that_would_not_work_are_refused(tmp_path: Path) -> None:
+    done = run("launch.sh", "data=a", folder=tmp_path, NODE_RANK="0", MAX_RESTARTS="2")
+    assert done.returncode == 2
+    assert done.stderr == "error: MAX_RESTARTS=2 does not work with NODE_RANK. Leave NODE_RANK out\n"
 
 
 def test_help(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.train.runs import read_tensors
 
 pytestmark = pytest.mark.slow  # each start of two agents takes up to half a minute
 EXAMPLES = Path(__file__).parents[2] / "examples" / "multi_node"
-END_SECONDS = 300
+END_SECONDS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +41,24 @@ def start(host: Host, settings: list[str], environment: dict[str, str]) -> "subp
     )
 
 
-def start_job(data: Path, run_dir: Path, hosts: list[Host], meeting: str = "static") -> list["subprocess.Popen[str]"]:
+def start_job(
+    data: Path, run_dir: Path, hosts: list[Host], meeting: str = "static", **environment: str
+) -> list["subprocess.Popen[str]"]:
     """One agent on each host; with `static` they are told their numbers, with `c10d` they agree on them."""
     settings = [f"data={data}", f"run_dir={run_dir}", "device=cpu", *SETTINGS]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
     numbers = [{"NODE_RANK": str(number)} if meeting == "static" else {} for number in range(len(hosts))]
     return [start(host, settings, {**common, **number}) for host, number in zip(hosts, numbers, strict=True)]
 
 
 def finish(agents: list["subprocess.Popen[str]"]) -> list[str]:
-    outputs = [agent.communicate(timeout=END_SECONDS)[0] for agent in agents]
+    try:
+        outputs = [agent.communicate(timeout=END_SECONDS)[0] for agent in agents]
+    except subprocess.TimeoutExpired:
+        for agent in agents:
+            if agent.poll() is None:
+                lose(agent)
+        raise
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     return outputs
 
@@ -105,6 +113,22 @@ def test_a_lost_host_costs_no_more_than_the_steps_since_the_checkpoint(
     first, _ = finish(start_job(data, run_dir, [Host(), Host()]))
     step = int(newest.name.removeprefix("step-"))
     assert f"{step} of 40 steps done" in first
+    assert same(whole, run_dir)
+
+
+def test_a_killed_process_is_started_again_with_all_others(
+    tmp_path: Path, data: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    run_dir = tmp_path / "run"
+    agents = start_job(data, run_dir, [Host(), Host()], "c10d", MAX_RESTARTS="2")
+    while read_pointer(run_dir / "checkpoints", "latest") is None and agents[1].poll() is None:
+        time.sleep(0.01)
+    (victim,) = psutil.Process(agents[1].pid).children()
+    victim.kill()
+    outputs = finish(agents)
+    assert any("0 of 40 steps done" in output and "10 of 40 steps done" in output for output in outputs), outputs
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert log.count("started: ") == 2 and log.count("INFO megarec: finished") == 1
     assert same(whole, run_dir)
 
 
