@@ -29,7 +29,7 @@ class PeriodicEvaluation:
             model,
             trainer.dataset,
             _protocol(trainer),
-            max_users=-(-config.evaluate_users // world.size),
+            max_users=config.evaluate_users,
             rank=world.rank,
             world=world.size,
         )

@@ -56,6 +56,7 @@ def evaluation_batches(
     split: AskedSplit = "eval",
     max_history_events: int,
     users_per_batch: int,
+    max_users: int = 0,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[EvaluationBatch]:
@@ -69,6 +70,7 @@ def evaluation_batches(
         split: `eval`, or `valid` to tune on.
         max_history_events: the newest so many events of a history are given.
         users_per_batch: the most users of a batch.
+        max_users: at most so many users over all ranks, the first ones, whatever the number of ranks; 0 for all.
         rank: whose batches to give.
         world: the number of ranks.
 
@@ -78,41 +80,48 @@ def evaluation_batches(
     if not dataset.shards_of(split):
         fix = "Make the shards with split.validation_users or split.validation" if split == "valid" else ""
         raise UserError(f"the dataset has no split '{split}'", where=str(dataset.path), fix=fix)
+    reader = BlockReader(dataset, split)
+    plan = _plan(reader, users_per_batch=users_per_batch, max_users=max_users)
     sizes = {"users_per_batch": users_per_batch, "max_history_events": max_history_events}
-    return _batches(dataset, BlockReader(dataset, split), sizes=sizes, rank=rank, world=world)
+    per_rank = -(-len(plan) // world)
+    return _batches(dataset, reader, plan[rank * per_rank : (rank + 1) * per_rank], per_rank=per_rank, sizes=sizes)
 
 
 def _batches(
-    dataset: Dataset, reader: BlockReader, *, sizes: dict[str, int], rank: int, world: int
+    dataset: Dataset, reader: BlockReader, plan: Int64, *, per_rank: int, sizes: dict[str, int]
 ) -> Iterator[EvaluationBatch]:
-    plan = _plan(reader, users_per_batch=sizes["users_per_batch"])
-    per_rank = -(-len(plan) // world)
-    mine = plan[rank * per_rank : (rank + 1) * per_rank].tolist()
     num_ids = dataset.fields["item"].num_ids
     held, block = -1, _empty_block(dataset)
-    for number, part in mine:
+    for number, part, last in plan.tolist():
         if number != held:
             held, block = number, reader.read(number)
-        yield _make_batch(block, part=part, num_ids=num_ids, **sizes)
-    for _ in range(per_rank - len(mine)):
-        yield _make_batch(_empty_block(dataset), part=0, num_ids=num_ids, **sizes)
+        yield _make_batch(block, part=part, last=last, num_ids=num_ids, **sizes)
+    for _ in range(per_rank - len(plan)):
+        yield _make_batch(_empty_block(dataset), part=0, last=0, num_ids=num_ids, **sizes)
 
 
-def _plan(reader: BlockReader, *, users_per_batch: int) -> Int64:
-    """The (block, part of the block) of every batch, `[batches, 2]`; users without a target may leave some empty."""
+def _plan(reader: BlockReader, *, users_per_batch: int, max_users: int) -> Int64:
+    """The (block, part of the block, how many users of the block count) of every batch, `[batches, 3]`.
+
+    Users without a target may leave some batches empty.
+    """
     num_users = np.array([reader.num_users(number) for number in range(reader.num_blocks)], dtype=np.int64)
+    if max_users:
+        before = np.cumsum(num_users) - num_users
+        num_users = np.clip(max_users - before, 0, num_users)
     num_parts = -(-num_users // users_per_batch)
-    return np.stack([np.repeat(np.arange(reader.num_blocks), num_parts), segment_positions(num_parts)], axis=1)
+    block = np.repeat(np.arange(reader.num_blocks), num_parts)
+    return np.stack([block, segment_positions(num_parts), num_users[block]], axis=1)
 
 
 def _make_batch(
-    block: Block, *, part: int, users_per_batch: int, max_history_events: int, num_ids: int
+    block: Block, *, part: int, last: int, users_per_batch: int, max_history_events: int, num_ids: int
 ) -> EvaluationBatch:
     assert block.query_time is not None  # the reader sees to it
     assert block.target_offsets is not None
     num_targets = np.diff(block.target_offsets)
     asked = np.flatnonzero(num_targets)
-    users = asked[part * users_per_batch : (part + 1) * users_per_batch]
+    users = asked[:last][part * users_per_batch : (part + 1) * users_per_batch]
     lengths = np.diff(block.offsets)[users]
     kept = np.minimum(lengths, max_history_events)
     rows = gather_indices(block.offsets[users] + lengths - kept, kept)

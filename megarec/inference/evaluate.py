@@ -181,17 +181,17 @@ def tally(
         split=protocol.split,
         max_history_events=protocol.max_history_events or ALL_EVENTS,
         users_per_batch=users_at_once,
+        max_users=max_users,
         rank=rank,
         world=world,
     )
     with bar(title=f"evaluate {predictor.name}", total=max_users or None, unit="users") as progress:
         for batch in batches:
-            kept = np.arange(len(batch.user)) < (max_users - seen.counts.get("users", 0) if max_users else np.inf)
-            empty = kept & (np.diff(batch.cu_seqlens) == 0)
+            empty = np.diff(batch.cu_seqlens) == 0
             seen.add_count("users_without_target", batch.num_users_without_target)
             seen.add_count("users_without_history", int(empty.sum()))
             seen.add_count("dropped_events", batch.num_dropped_events)
-            users = np.flatnonzero(kept & ~empty)
+            users = np.flatnonzero(~empty)
             if len(users):
                 histories, targets = ask(batch, protocol, users, context=context)
                 prediction = predictor.predict(histories, targets)
@@ -203,8 +203,6 @@ def tally(
                     _add_ranks(seen, prediction.scores, targets, protocol)
                 _add_feedback(seen, prediction, histories, targets)
             progress.update(len(users))
-            if max_users and seen.counts.get("users", 0) >= max_users:
-                break
     return seen
 
 

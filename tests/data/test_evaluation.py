@@ -73,6 +73,18 @@ def test_batches_hold_what_the_blocks_say(dataset: Dataset) -> None:
     assert all(len(batch.user) <= 3 for batch in batches)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("max_users", [1, 4, 9])
+def test_the_first_users_are_the_same_on_any_number_of_ranks(dataset: Dataset, world: int, max_users: int) -> None:
+    first = [user for batch in batches_of(dataset) for user in batch.user.tolist()]
+    shares = [batches_of(dataset, max_users=max_users, rank=rank, world=world) for rank in range(world)]
+    users = [user for share in shares for batch in share for user in batch.user.tolist()]
+    assert 0 < len(users) <= max_users
+    assert [user for user in first if user in users] == users
+    assert users == [user for batch in batches_of(dataset, max_users=max_users) for user in batch.user.tolist()]
+    assert len({len(share) for share in shares}) == 1
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 20])
 @pytest.mark.parametrize("users_per_batch", [1, 3, 100])
 def test_ranks_share_the_batches_and_all_get_as_many(dataset: Dataset, world: int, users_per_batch: int) -> None:

@@ -137,7 +137,12 @@ def test_batches_and_readers_change_nothing(world: Dataset, monkeypatch: pytest.
     assert joined.result("tied", world, Protocol()) == replace(
         whole, ranking=joined.result("", world, Protocol()).ranking
     )
-    assert evaluate(Tied(), world, Protocol(), max_users=5).counts["users"] == 5
+    few = evaluate(Tied(), world, Protocol(), max_users=5)
+    assert few.counts["users"] + few.counts["users_without_history"] == 5
+    shares = Tally()
+    for rank in range(3):
+        shares.join(tally(Tied(), world, Protocol(), max_users=5, rank=rank, world=3))
+    assert shares.result("tied", world, Protocol()).flat() == pytest.approx(few.flat(), rel=1e-12)
 
 
 def test_feedback_is_measured_where_it_is_known(world: Dataset) -> None:

@@ -1,7 +1,7 @@
 """Every layout against the run of one process: which rows there are, and which fault each one would show.
 
 A row trains 3 steps in fp64 with plain SGD, dropout on, gradients cut by the global norm, and ends with the weights and
-table rows of the one-process run within 1e-12 (`tests/parity/twins.py`). Four layers of four heads, so that every
+table rows of the one-process run within 1e-12 (`tests/parity/layout_runs.py`). Four layers of four heads, so that every
 layout has something to split.
 """
 
@@ -170,8 +170,12 @@ WHAT_A_LAYOUT_ISOLATES = {
 }
 
 EVERY_SWITCH = ("tp2", "tp2 sp", "cp2", "ring2", "pp2", "dp2")
-FAST = {
-    **dict.fromkeys(LAYOUTS, ("hstu, prefix",)),
+FAST: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("pp2 uneven", "pp2 vp2", "recompute attention", "recompute blocks", "tp2 cp2", "tp2 sp ring2", "pp4"),
+        ("hstu, prefix",),
+    ),
+    "tp2 sp pp2 dp2": ("argus, interleaved",),
     "tp2": ("argus", "hstu", "full softmax", "candidates", "hstu, per-head norm"),
     "tp2 sp": ("argus, interleaved", "hstu, all-heads norm with scale", "per-position negatives"),
     "cp2": ("argus", "hstu, prefix", "sasrec"),
@@ -182,7 +186,7 @@ FAST = {
 CROSSED = ("argus, interleaved", "hstu, prefix", "sasrec", "full softmax", "candidates")
 
 TABLE = [
-    Row(layout=layout, switches=switches, isolates=isolates, slow=switches not in FAST[layout])
+    Row(layout=layout, switches=switches, isolates=isolates, slow=switches not in FAST.get(layout, ()))
     for layout, isolates in WHAT_A_LAYOUT_ISOLATES.items()
     for switches in (SWITCHES if layout in EVERY_SWITCH else CROSSED)
     if not ("ring" in layout and switches == "sasrec")  # which drops attention probabilities

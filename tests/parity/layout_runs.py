@@ -59,7 +59,7 @@ class PlainSgd:
 
 
 def make_run(data: Path, layout: str, switches: str, **settings: Any) -> TrainConfig:
-    """The configuration of a row; with `alone`, of its one-process twin."""
+    """The configuration of a row of the table."""
     shared = LAYOUTS[layout]
     chosen = SWITCHES[switches]
     values = {
@@ -93,22 +93,17 @@ def train_fp64(process: ProcessInfo, config: TrainConfig, fault: str = "") -> We
     return weights
 
 
-@cache
-def one_process(data: Path, layout: str, switches: str) -> Weights:
-    """What the one-process twin of a row ends with; rows with the same settings share it."""
-    config = make_run(data, layout, switches)
-    (weights,) = run_ranks(train_fp64, 1, replace(config, layout=LayoutConfig()))
-    return weights  # type: ignore[no-any-return]
-
-
 def twin_of(data: Path, layout: str, switches: str) -> Weights:
-    """As `one_process`, by the first layout that has the same settings."""
-    same = [name for name, other in LAYOUTS.items() if _settings(name) == _settings(layout) and other]
-    return one_process(data, same[0], switches)
+    """What the one-process twin of a row ends with; rows that differ by the layout alone share it."""
+    wanted = LAYOUTS[layout]
+    same = [name for name, x in LAYOUTS.items() if (x.stream, x.num_layers) == (wanted.stream, wanted.num_layers)]
+    return _run_alone(data, same[0], switches)
 
 
-def _settings(layout: str) -> Any:
-    return LAYOUTS[layout].stream, LAYOUTS[layout].num_layers
+@cache
+def _run_alone(data: Path, layout: str, switches: str) -> Weights:
+    (weights,) = run_ranks(train_fp64, 1, with_layout(make_run(data, layout, switches), {}))
+    return weights  # type: ignore[no-any-return]
 
 
 def largest_difference(one: Any, other: Any) -> float:
