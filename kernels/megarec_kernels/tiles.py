@@ -11,9 +11,14 @@ tail. Causal attention then needs no length mask: a padding key comes after ever
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megarec_kernels.rectangles import Rectangle
+    from megarec_kernels.visibility import Visibility
 
 ROWS_PER_BLOCK = 128
 MAX_PAIRS = 1 << 17
@@ -23,6 +28,8 @@ MAX_WASTED_PAIRS = 1 << 15  # what another tile costs, in pairs
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """`num_users` histories, each padded to `length` rows.
+
+    It is the `Rectangle` whose queries and keys are the same rows, and offers what one does.
 
     Attributes:
         num_users: histories in the tile.
@@ -40,10 +47,39 @@ class Tile:
     real: Tensor
     padding: Tensor
 
-    def row_blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges `[first, last)` of query rows; the keys of such a block are the rows `[0, last)`."""
+    @property
+    def queries(self) -> "Tile":
+        """The rows that ask."""
+        return self
+
+    @property
+    def keys(self) -> "Tile":
+        """The rows that are asked."""
+        return self
+
+    @property
+    def query_token(self) -> Tensor:
+        """The token in every row, `[num_users, length]`."""
+        return self.token.view(self.num_users, self.length)
+
+    @property
+    def key_token(self) -> Tensor:
+        """As `query_token`."""
+        return self.query_token
+
+    def row_blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Ranges `[first, last)` of query rows and how many keys they need: the rows `[0, last)`."""
         for first in range(0, self.length, ROWS_PER_BLOCK):
-            yield first, min(first + ROWS_PER_BLOCK, self.length)
+            last = min(first + ROWS_PER_BLOCK, self.length)
+            yield first, last, last
+
+    def seen(self, visibility: "Visibility | None", block: tuple[int, int, int]) -> Tensor | None:
+        """What the queries of a block see, `[num_users, rows, keys]` bool; None: all that is not later."""
+        return None if visibility is None else visibility.seen(self, *block[:2])
+
+    def distance(self, visibility: "Visibility | None", block: tuple[int, int, int]) -> Tensor | None:
+        """Distances from the queries of a block to its keys, `[num_users, rows, keys]`; None: those of their rows."""
+        return None if visibility is None else visibility.distance(self, *block[:2])
 
     def take(self, values_NTH: Tensor) -> Tensor:
         """The rows of all heads, `[N, T, H]` to `[N * num_users, length, H]`; a view if the tile is one history."""
@@ -68,14 +104,25 @@ class Tile:
         rows = rows.view(heads, self.num_users * self.length, width).index_select(1, self.real)
         values_NTH.index_copy_(1, self.token[self.real], rows)
 
+    def add(self, rows: Tensor, values_NTH: Tensor) -> None:
+        """As `put`, but adds to what is there."""
+        self.put(rows + self.take(values_NTH), values_NTH)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TilePlan:
-    """The tiles of one pack, for the `cu_seqlens` they were made of."""
+class AttentionPlan:
+    """The tiles of one pack, or the rectangles of a part of it, for the `cu_seqlens` they were made of."""
 
     cu_seqlens: Tensor
-    max_length: int
+    tiles: "tuple[Tile | Rectangle, ...]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilePlan(AttentionPlan):
+    """The tiles of one pack, the longest history of which has `max_length` tokens."""
+
     tiles: tuple[Tile, ...]
+    max_length: int
 
 
 def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
@@ -93,10 +140,9 @@ def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     check_cu_seqlens(cu_seqlens)
     bounds: list[int] = cu_seqlens.tolist()
     lengths = [last - first for first, last in pairwise(bounds)]
-    order = sorted((user for user, length in enumerate(lengths) if length), key=lambda user: -lengths[user])
+    sizes = {user: (length, length) for user, length in enumerate(lengths) if length}
     tiles = [
-        _make_tile([(bounds[user], lengths[user]) for user in users], cu_seqlens.device)
-        for users in _group(order, lengths)
+        make_tile([(bounds[user], lengths[user]) for user in users], cu_seqlens.device) for users in group_users(sizes)
     ]
     return TilePlan(
         cu_seqlens=cu_seqlens.clone(),
@@ -105,25 +151,27 @@ def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     )
 
 
-def _group(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+def group_users(sizes: dict[int, tuple[int, int]]) -> Iterator[list[int]]:
+    """Users of similar `sizes` (queries, keys), those with most pairs first; what `plan_tiles` says of tiles holds."""
     users: list[int] = []
-    length = real_pairs = 0
-    for user in order:
-        pairs = (len(users) + 1) * length**2
-        grown = real_pairs + lengths[user] ** 2
-        wasteful = pairs - grown > MAX_WASTED_PAIRS
-        large = (len(users) + 1) * length * min(length, ROWS_PER_BLOCK) > MAX_PAIRS
+    queries = keys = real_pairs = 0
+    for user in sorted(sizes, key=lambda user: -sizes[user][0] * sizes[user][1]):
+        own_queries, own_keys = sizes[user]
+        wider, higher = max(queries, own_queries), max(keys, own_keys)
+        grown = real_pairs + own_queries * own_keys
+        wasteful = (len(users) + 1) * wider * higher - grown > MAX_WASTED_PAIRS
+        large = (len(users) + 1) * higher * min(wider, ROWS_PER_BLOCK) > MAX_PAIRS
         if users and (wasteful or large):
             yield users
-            users, grown = [], lengths[user] ** 2
-        length = length if users else lengths[user]
+            users, grown, wider, higher = [], own_queries * own_keys, own_queries, own_keys
         users.append(user)
-        real_pairs = grown
+        queries, keys, real_pairs = wider, higher, grown
     if users:
         yield users
 
 
-def _make_tile(histories: list[tuple[int, int]], device: torch.device) -> Tile:
+def make_tile(histories: list[tuple[int, int]], device: torch.device) -> Tile:
+    """The tile of histories that are given as (first row, rows)."""
     starts, lengths = torch.tensor(histories).unsqueeze(2).unbind(1)
     length = int(lengths.max())
     row = torch.arange(length)

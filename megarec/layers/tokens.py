@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from megarec_kernels.hstu_attention import TimeBuckets
+from megarec_kernels.tiles import AttentionPlan
 from megarec_kernels.visibility import Visibility, candidate_suffix
 from torch import Tensor
 
@@ -36,8 +37,8 @@ class Tokens:
     randomness: Randomness | None
     inner_randomness: Randomness | None
     outer_randomness: Randomness | None
-    plan: Any
-    time_buckets: Any = None
+    plan: AttentionPlan
+    time_buckets: TimeBuckets | None = None
     visibility: Visibility | None = None
     places: "PrefixPlaces | None" = None
 
@@ -105,7 +106,7 @@ def split_events(
     per_event: int,
     num_prefix: int = 0,
     num_candidates: Tensor | None = None,
-    plan: Callable[..., Any] = plan_all_tokens,
+    plan: Callable[..., AttentionPlan] = plan_all_tokens,
 ) -> Tokens:
     """The tokens of events that are split into `per_event` tokens each; the arguments speak of events.
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from megarec_kernels.hstu_attention import bucket_times, hstu_attention
+from megarec_kernels.hstu_attention import hstu_attention
 from megarec_kernels.softmax_attention import softmax_attention
-from megarec_kernels.tiles import TilePlan, plan_tiles
+from megarec_kernels.tiles import AttentionPlan, plan_tiles
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -63,22 +63,20 @@ def run_again(function: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Attention of the blocks. Plans and buckets are made once per pack and handed to every layer.
+    """Attention of the blocks. A plan is made once per pack and handed to every layer.
 
     Attributes:
-        plan: from `cu_seqlens`, `num_tokens` and `visibility` to what the others take as `plan`.
-        bucket_times: as the kernel of this name.
+        plan: from `cu_seqlens`, `num_tokens` and `visibility` to what the others, and `bucket_times`, take as `plan`.
         hstu: as `hstu_attention`, but for q, k and v, which hold this context-parallel rank's tokens.
         softmax: likewise `softmax_attention`.
     """
 
-    plan: Callable[..., Any]
-    bucket_times: Callable[..., Any] = bucket_times
+    plan: Callable[..., AttentionPlan]
     hstu: Callable[..., Tensor] = hstu_attention
     softmax: Callable[..., Tensor] = softmax_attention
 
 
-def plan_all_tokens(cu_seqlens: Tensor, **_: Any) -> TilePlan:
+def plan_all_tokens(cu_seqlens: Tensor, **_: Any) -> AttentionPlan:
     """The plan of attention over all tokens on one rank."""
     return plan_tiles(cu_seqlens)
 

@@ -35,4 +35,4 @@ def test_tiles_are_small_and_padding_is_bounded(lengths: list[int]) -> None:
 
 def test_blocks_of_rows_cover_a_history_once() -> None:
     (tile,) = plan_tiles(torch.tensor([0, 300])).tiles
-    assert list(tile.row_blocks()) == [(0, 128), (128, 256), (256, 300)]
+    assert list(tile.row_blocks()) == [(0, 128, 128), (128, 256, 256), (256, 300, 300)]

@@ -130,13 +130,16 @@ def skip_a_ring_step() -> None:
 
     def plan(self: Ring, *args: Any, **settings: Any) -> RingPlan:
         whole = original(self, *args, **settings)
-        return replace(whole, steps=(*whole.steps[:-1], ()))
+        return replace(whole, steps=(*whole.steps[:-1], range(0)))
 
     Ring.plan = plan  # type: ignore[method-assign]
 
 
 def gradients_stay_away() -> None:
-    _Home.send_on = nothing  # type: ignore[method-assign,assignment]
+    def stay(self: _Home, grads: tuple[Tensor, ...]) -> None:
+        self.arrived = lambda: grads  # type: ignore[method-assign]
+
+    _Home.add = stay  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Fault] = {

@@ -11,8 +11,8 @@ from megarec_kernels.visibility import Visibility
 
 # The two halves of torch's scaled_dot_product_attention on a CPU. Called here by name, because autograd around the
 # public function would add up the gradients of overlapping gathers token by token, or run the forward twice.
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class JaggedSoftmaxAttention(torch.autograd.Function):
@@ -29,7 +29,7 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
         for tile in plan.tiles:
             rows = [tile.take(values).unsqueeze(1) for values in inputs]
             mask = None if visibility is None else _mask(visibility, tile, rows[0])
-            out, log_sum = _flash_forward(*rows, 0.0, mask is None, attn_mask=mask, scale=scale)
+            out, log_sum = flash_forward(*rows, 0.0, mask is None, attn_mask=mask, scale=scale)
             tile.put(out.squeeze(1), out_NTH)
             log_sums.append(log_sum)
         ctx.save_for_backward(q, k, v, out_NTH, *log_sums)
@@ -48,7 +48,7 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
             rows = [tile.take(values).unsqueeze(1) for values in (*inputs, out_NTH)]
             grad_out = tile.take_gradient(grad_out_NTH).unsqueeze(1)
             mask = None if ctx.visibility is None else _mask(ctx.visibility, tile, rows[0])
-            tile_grads = _flash_backward(grad_out, *rows, log_sum, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
+            tile_grads = flash_backward(grad_out, *rows, log_sum, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
             for grad, grad_NTH in zip(tile_grads, grads_NTH, strict=True):
                 tile.put(grad.squeeze(1), grad_NTH)
         grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)

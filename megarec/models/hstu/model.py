@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from megarec_kernels.hstu_attention import bucket_times
+
 from megarec.layers.hstu_block import HstuBlock
 from megarec.layers.tokens import Tokens
 from megarec.models.hstu.config import HstuConfig
@@ -48,7 +50,5 @@ class Hstu(RecModel):
         tokens = super()._tokens(events)
         if not self.num_time_buckets:
             return tokens
-        buckets = self.attention.bucket_times(
-            tokens.plan, tokens.timestamp, tokens.query_timestamp, num_buckets=self.num_time_buckets
-        )
+        buckets = bucket_times(tokens.plan, tokens.timestamp, tokens.query_timestamp, num_buckets=self.num_time_buckets)
         return replace(tokens, time_buckets=buckets)

@@ -31,7 +31,7 @@ def token_parts(groups: ParallelGroups) -> dict[str, Any]:
     context, in_ring = groups.context, groups.layout.context_by == "ring" and groups.context.size > 1
     if in_ring:
         ring = Ring(group=context)
-        attention = Attention(plan=ring.plan, bucket_times=ring.bucket_times, hstu=ring.hstu, softmax=ring.softmax)
+        attention = Attention(plan=ring.plan, hstu=ring.hstu, softmax=ring.softmax)
     else:
         attention = Attention(
             plan=plan_all_tokens, hstu=by_heads(hstu_attention, context), softmax=by_heads(softmax_attention, context)

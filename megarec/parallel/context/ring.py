@@ -2,22 +2,23 @@
 
 In step s rank r works on the keys of rank r - s; meanwhile those of the next step are on their way. SiLU attention
 adds the parts up; softmax attention merges them by their log-sum-exp. In the backward pass the gradients of keys and
-values travel along with them and come home after the last step. A rank sends keys and values of T / cp tokens cp - 1
-times in each pass, and gradients of as many cp times in the second. Whole heads stay together, so there may be fewer of
-them than ranks. The order of all sums is fixed.
+values follow them, one step behind, and come home after the last step. A rank sends keys and values of T / cp tokens
+cp - 1 times in each pass, and gradients of as many cp times in the second. Whole heads stay together, so there may be
+fewer of them than ranks. The order of all sums is fixed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, starmap
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megarec_kernels.hstu_attention import rectangle as hstu
-from megarec_kernels.hstu_attention.rectangle import Biases, Buckets
+from megarec_kernels.hstu_attention import cpu as hstu
+from megarec_kernels.hstu_attention.cpu import Bias, HSTUSettings, TimeBuckets
 from megarec_kernels.rectangles import Rectangle, plan_rectangles
 from megarec_kernels.softmax_attention import rectangle as softmax
-from megarec_kernels.tiles import heads_first, tokens_first
+from megarec_kernels.tiles import AttentionPlan, heads_first, tokens_first
 from megarec_kernels.visibility import Visibility
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -27,18 +28,18 @@ from megarec.parallel.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class RingPlan:
+class RingPlan(AttentionPlan):
     """Who has which tokens of a pack, and what this rank computes in every step.
 
     Attributes:
-        cu_seqlens: `[B + 1]`, where each history begins.
+        tiles: of all steps, one after the other.
         shares: `[cp, T / cp]` int64, the tokens of every rank, ascending.
-        steps: the rectangles of this rank's queries and of the keys that are here in step s.
+        steps: the numbers of the rectangles of this rank's queries and of the keys that are here in step s.
     """
 
-    cu_seqlens: Tensor
+    tiles: tuple[Rectangle, ...]
     shares: Tensor
-    steps: tuple[tuple[Rectangle, ...], ...]
+    steps: tuple[range, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +53,12 @@ class Ring:
         size, rank = self.group.size, self.group.rank
         shares = share_tokens(_count_pairs(cu_seqlens, num_tokens, visibility), size).to(cu_seqlens.device)
         steps = [plan_rectangles(cu_seqlens, shares[rank], shares[(rank - step) % size]) for step in range(size)]
-        return RingPlan(cu_seqlens=cu_seqlens, shares=shares, steps=tuple(steps))
-
-    def bucket_times(
-        self, plan: RingPlan, timestamp: Tensor, query_timestamp: Tensor, *, num_buckets: int
-    ) -> list[Buckets]:
-        """The time buckets of every step."""
-        return [
-            hstu.bucket_rectangles(step, timestamp, query_timestamp, num_buckets=num_buckets) for step in plan.steps
-        ]
+        return RingPlan(
+            cu_seqlens=cu_seqlens,
+            tiles=sum(steps, start=()),
+            shares=shares,
+            steps=tuple(starmap(range, pairwise(accumulate(map(len, steps), initial=0)))),
+        )
 
     def hstu(
         self,
@@ -74,19 +72,14 @@ class Ring:
         plan: RingPlan,
         position_bias: Tensor | None = None,
         time_bias: Tensor | None = None,
-        time_buckets: list[Buckets] | None = None,
+        time_buckets: TimeBuckets | None = None,
         visibility: Visibility | None = None,
     ) -> Tensor:
         """As `hstu_attention`, for this rank's tokens, `[T / cp, N, H]`."""
-        settings = _HSTUSettings(
-            group=self.group,
-            plan=plan,
-            visibility=visibility,
-            scale=scale,
-            divisor=divisor,
-            buckets=time_buckets or [() for _ in plan.steps],
+        settings = HSTUSettings(
+            scale=scale, divisor=divisor, plan=plan, time_buckets=time_buckets, visibility=visibility
         )
-        out: Tensor = _HSTURing.apply(q, k, v, position_bias, time_bias, settings)
+        out: Tensor = _HSTURing.apply(q, k, v, position_bias, time_bias, settings, plan.steps, self.group)
         return out
 
     def softmax(
@@ -104,23 +97,8 @@ class Ring:
         """As `softmax_attention`, for this rank's tokens, `[T / cp, N, H]`; has no dropout of probabilities."""
         if weigh is not None:
             raise AssertionError("attention in a ring has no dropout of probabilities")
-        settings = _Settings(group=self.group, plan=plan, visibility=visibility, scale=scale)
-        out: Tensor = _SoftmaxRing.apply(q, k, v, settings)
+        out: Tensor = _SoftmaxRing.apply(q, k, v, scale, plan, visibility, self.group)
         return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    group: Group
-    plan: RingPlan
-    visibility: Visibility | None
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _HSTUSettings(_Settings):
-    divisor: float
-    buckets: Sequence[Buckets]
 
 
 class _HSTURing(torch.autograd.Function):
@@ -132,146 +110,116 @@ class _HSTURing(torch.autograd.Function):
         v: Tensor,
         position_bias: Tensor | None,
         time_bias: Tensor | None,
-        settings: _HSTUSettings,
+        settings: HSTUSettings,
+        steps: tuple[range, ...],
+        group: Group,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, position_bias, time_bias)
-        ctx.settings = settings
+        ctx.settings, ctx.steps, ctx.group = settings, steps, group
         query = heads_first(q) * settings.scale
-        biases = _biases(position_bias, time_bias, dtype=query.dtype)
+        bias = Bias(position_bias, time_bias, settings, dtype=query.dtype)
         out = query.new_zeros(*query.shape[:2], v.shape[2])
-        passing = _Passing(settings.group, (k, v))
-        for rectangles, buckets in zip(settings.plan.steps, settings.buckets, strict=True):
-            keys, values = passing.take()
-            inputs = query, heads_first(keys), heads_first(values)
-            hstu.add_outputs(out, inputs, rectangles, biases=biases, buckets=buckets, visibility=settings.visibility)
+        for numbers, keys, values in _pass_by(steps, k, v, group):
+            hstu.add_outputs(out, (query, keys, values), numbers, bias=bias)
         return tokens_first(out.div_(settings.divisor), q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position_bias, time_bias = ctx.saved_tensors
-        settings: _HSTUSettings = ctx.settings
-        query = heads_first(q) * settings.scale
-        biases = _biases(position_bias, time_bias, dtype=query.dtype)
-        grad_out = heads_first(gradients[0]) / settings.divisor
-        grad_q, home = torch.zeros_like(query), _Home(settings.group, (heads_first(k), heads_first(v)))
-        passing = _Passing(settings.group, (k, v))
-        for rectangles, buckets in zip(settings.plan.steps, settings.buckets, strict=True):
-            keys, values = passing.take()
-            hstu.add_gradients(
-                (grad_q, home.here[0], home.here[1]),
-                grad_out,
-                (query, heads_first(keys), heads_first(values)),
-                rectangles,
-                biases=biases,
-                buckets=buckets,
-                visibility=settings.visibility,
-            )
-            home.send_on()
-        grads = (tokens_first(grad, q.dtype) for grad in (grad_q.mul_(settings.scale), *home.here))
-        grad_biases = (
-            None if grad is None else grad.to(bias.dtype)
-            for grad, bias in ((biases.grad_position, position_bias), (biases.grad_time, time_bias))
-        )
-        return *grads, *grad_biases, None
+        settings: HSTUSettings = ctx.settings
+        query, grad_out = heads_first(q) * settings.scale, heads_first(gradients[0]) / settings.divisor
+        bias = Bias(position_bias, time_bias, settings, dtype=query.dtype)
+        grad_q, home = torch.zeros_like(query), _Home(ctx.group)
+        for numbers, keys, values in _pass_by(ctx.steps, k, v, ctx.group):
+            grads = grad_q, torch.zeros_like(keys), torch.zeros_like(values)
+            hstu.add_gradients(grads, grad_out, (query, keys, values), numbers, bias=bias)
+            home.add(grads[1:])
+        found = (tokens_first(grad, q.dtype) for grad in (grad_q.mul_(settings.scale), *home.arrived()))
+        return *found, *bias.gradients(), None, None, None
 
 
 class _SoftmaxRing(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 (torch hands arguments over by position)
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: _Settings
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        plan: RingPlan,
+        visibility: Visibility | None,
+        group: Group,
     ) -> Tensor:
-        query = heads_first(q) * settings.scale
-        out = query.new_zeros(*query.shape[:2], v.shape[2])
-        log_sum = query.new_full((*query.shape[:2], 1), float("-inf"))
-        passing = _Passing(settings.group, (k, v))
-        for rectangles in settings.plan.steps:
-            keys, values = passing.take()
-            inputs = query, heads_first(keys), heads_first(values)
-            softmax.merge_outputs((out, log_sum), inputs, rectangles, settings.visibility)
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.settings = settings
-        return tokens_first(out, q.dtype)
+        query = heads_first(q)
+        merged = torch.zeros_like(query), query.new_full((*query.shape[:2], 1), -torch.inf)
+        for numbers, keys, values in _pass_by(plan.steps, k, v, group):
+            inputs, here = (query, keys, values), plan.tiles[numbers.start : numbers.stop]
+            softmax.merge_outputs(merged, inputs, here, scale=scale, visibility=visibility)
+        ctx.save_for_backward(q, k, v, *merged)
+        ctx.scale, ctx.plan, ctx.visibility, ctx.group = scale, plan, visibility, group
+        return tokens_first(merged[0], q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_sum = ctx.saved_tensors
-        settings: _Settings = ctx.settings
-        query, grad_out = heads_first(q) * settings.scale, heads_first(gradients[0])
-        delta = (grad_out * out).sum(2, keepdim=True)
-        grad_q, home = torch.zeros_like(query), _Home(settings.group, (heads_first(k), heads_first(v)))
-        passing = _Passing(settings.group, (k, v))
-        for rectangles in settings.plan.steps:
-            keys, values = passing.take()
-            softmax.add_gradients(
-                (grad_q, home.here[0], home.here[1]),
-                (grad_out, delta),
-                (query, heads_first(keys), heads_first(values)),
-                rectangles,
-                log_sum=log_sum,
-                visibility=settings.visibility,
-            )
-            home.send_on()
-        grads = (tokens_first(grad, q.dtype) for grad in (grad_q.mul_(settings.scale), *home.here))
-        return *grads, None
+        q, k, v, *merged = ctx.saved_tensors
+        settings = {"merged": merged, "scale": ctx.scale, "visibility": ctx.visibility}
+        query, grad_out = heads_first(q), heads_first(gradients[0])
+        grad_q, home = torch.zeros_like(query), _Home(ctx.group)
+        for numbers, keys, values in _pass_by(ctx.plan.steps, k, v, ctx.group):
+            grads = grad_q, torch.zeros_like(keys), torch.zeros_like(values)
+            inputs, here = (query, keys, values), ctx.plan.tiles[numbers.start : numbers.stop]
+            softmax.add_gradients(grads, grad_out, inputs, here, **settings)
+            home.add(grads[1:])
+        found = (tokens_first(grad, q.dtype) for grad in (grad_q, *home.arrived()))
+        return *found, None, None, None, None
 
 
-class _Passing:
-    """Keys and values on their way round: `take` gives those of the step and sends them on."""
-
-    def __init__(self, group: Group, here: tuple[Tensor, ...]) -> None:
-        self._group = group
-        self._here = tuple(x.contiguous() for x in here)
-        self._left = group.size - 1
-        self._arriving: tuple[Tensor, ...] = ()
-        self._sends: list[Any] = []
-
-    def take(self) -> tuple[Tensor, ...]:
-        for send in self._sends:
-            send.wait()
-        here = self._arriving or self._here
-        self._sends, self._arriving = [], ()
-        if self._left:
-            self._left -= 1
-            self._arriving, self._sends = _pass_on(here, self._group)
-        return here
+def _pass_by(steps: tuple[range, ...], k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """For every step its rectangles, and the keys and values `[N, T / cp, H]` that are here."""
+    here: tuple[Tensor, ...] = k.contiguous(), v.contiguous()
+    for step, numbers in enumerate(steps, start=1):
+        passing = _Passing(here, group, tag=0) if step < group.size else None
+        yield numbers, heads_first(here[0]), heads_first(here[1])
+        here = passing.wait() if passing else ()
 
 
 class _Home:
-    """Gradients of the keys that are here, `here`: they follow the keys, and after as many steps as ranks are home."""
+    """Gradients of keys and values on their way home: those of the keys of step s arrive in step s + 1."""
 
-    def __init__(self, group: Group, like: tuple[Tensor, ...]) -> None:
+    def __init__(self, group: Group) -> None:
         self._group = group
-        self.here = tuple(torch.zeros_like(x) for x in like)
+        self._passing: _Passing | None = None
 
-    def send_on(self) -> None:
-        arriving, sends = _pass_on(self.here, self._group)
-        for send in sends:
-            send.wait()
-        self.here = arriving
+    def add(self, grads: tuple[Tensor, ...]) -> None:
+        """Adds this step's to what the ranks before found of the same keys, and sends the sums on."""
+        if self._passing is not None:
+            grads = tuple(found + own for found, own in zip(self._passing.wait(), grads, strict=True))
+        self._passing = _Passing(grads, self._group, tag=1)
 
-
-def _pass_on(tensors: tuple[Tensor, ...], group: Group) -> tuple[tuple[Tensor, ...], list[Any]]:
-    """Begins to send tensors to the next rank and to receive those of the rank before."""
-    arriving = tuple(torch.empty_like(x) for x in tensors)
-    after = dist.get_global_rank(group.process_group, (group.rank + 1) % group.size)
-    before = dist.get_global_rank(group.process_group, (group.rank - 1) % group.size)
-    sends = [dist.P2POp(dist.isend, x, after, group.process_group) for x in tensors]
-    receives = [dist.P2POp(dist.irecv, x, before, group.process_group) for x in arriving]
-    return arriving, dist.batch_isend_irecv([*sends, *receives])
+    def arrived(self) -> tuple[Tensor, ...]:
+        """After the last step: those of this rank's keys and values."""
+        assert self._passing is not None
+        return self._passing.wait()
 
 
-def _biases(position: Tensor | None, time: Tensor | None, *, dtype: torch.dtype) -> Biases:
-    def sums(bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else torch.zeros_like(bias, dtype=torch.float64)
+class _Passing:
+    """Tensors on their way to the next rank, and those of the rank before on their way here."""
 
-    return Biases(
-        position=None if position is None else position.to(dtype),
-        time=None if time is None else time.to(dtype),
-        grad_position=sums(position),
-        grad_time=sums(time),
-    )
+    def __init__(self, leaving: tuple[Tensor, ...], group: Group, *, tag: int) -> None:
+        self._leaving = leaving  # kept until they are gone
+        self._arriving = tuple(torch.empty_like(x) for x in leaving)
+        ranks = dist.get_process_group_ranks(group.process_group)
+        after, before = ranks[(group.rank + 1) % group.size], ranks[(group.rank - 1) % group.size]
+        sends = [dist.P2POp(dist.isend, x, after, group.process_group, tag) for x in leaving]
+        receives = [dist.P2POp(dist.irecv, x, before, group.process_group, tag) for x in self._arriving]
+        self._works = dist.batch_isend_irecv([*sends, *receives])
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for work in self._works:
+            work.wait()
+        return self._arriving
 
 
 def _count_pairs(cu_seqlens: Tensor, num_tokens: int, visibility: Visibility | None) -> Tensor:
