@@ -67,7 +67,8 @@ def check_stages(config: TrainConfig, *, world: int) -> None:
 def check_heads(config: TrainConfig) -> None:
     """Whole heads and whole channels on every rank that splits a block."""
     layout, block = config.layout, config.model.block
-    ranks = layout.tensor * (layout.context if layout.context_by == "heads" else 1)
+    in_ring = layout.context_by == "ring" and layout.context > 1
+    ranks = layout.tensor * (1 if in_ring else layout.context)
     if block.num_heads % ranks:
         possible = [str(n) for n in range(1, block.num_heads + 1) if block.num_heads % n == 0]
         raise UserError(
@@ -75,7 +76,7 @@ def check_heads(config: TrainConfig) -> None:
             where="layout",
             fix=f"tensor (times context, unless context_by=ring) can be {' or '.join(possible)}",
         )
-    if isinstance(config.model, SasrecConfig) and config.model.dropout and layout.context_by == "ring":
+    if isinstance(config.model, SasrecConfig) and config.model.dropout and in_ring:
         raise UserError(
             "the dropout of attention probabilities is not made in a ring",
             where="layout.context_by",

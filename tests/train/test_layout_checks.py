@@ -12,6 +12,11 @@ from tests.train.runs import SMALL_SASREC, make_config
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "world": (3, {"layout": {"tensor": 2}}, "does not divide 3"),
     "heads": (4, {"layout": {"tensor": 2, "context": 2}}, "2 heads do not divide over 4 ranks"),
+    "dropout in a ring": (
+        2,
+        {"layout": {"context": 2, "context_by": "ring"}, "model": SMALL_SASREC},
+        "the dropout of attention probabilities is not made in a ring",
+    ),
     "channels": (
         2,
         {"layout": {"tensor": 2}, "model": {**SMALL_SASREC, "block": {"num_heads": 2, "feed_forward_width": 7}}},
@@ -33,6 +38,15 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "sequence parallel alone": (1, {"layout": {"sequence_parallel": True}}, "there is one"),
     "lanes": (4, {}, "2 lanes cannot be shared by 4"),
 }
+
+
+def test_a_ring_needs_no_heads_for_its_ranks(tmp_path: Path) -> None:
+    """Four ranks, two of them a ring: two heads go over the tensor-parallel ranks alone."""
+    layout = {"tensor": 2, "context": 2, "context_by": "ring"}
+    stream = {"tokens_per_pack": 128, "lanes": 2, "max_history_events": 12}
+    check_run(make_config(tmp_path, tmp_path, layout=layout, stream=stream), world=4)
+    alone = {"context": 1, "context_by": "ring"}  # is no ring, and drops what it likes
+    check_run(make_config(tmp_path, tmp_path, layout=alone, model=SMALL_SASREC), world=1)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-LARGEST_CHUNK = 512
+LARGEST_CHUNK = 64  # larger ones may level the sum over all steps of a ring, and neighbours still wait in each
 CLOSE_ENOUGH = 1.02  # work of the busiest rank over the mean
 
 
@@ -25,7 +25,7 @@ def share_tokens(pairs: Tensor, num_ranks: int) -> Tensor:
     sizes = [size for size in range(1, min(LARGEST_CHUNK, local_tokens) + 1) if local_tokens % size == 0]
     shares = torch.empty(0)
     for size in reversed(sizes):
-        shares = _deal(pairs.view(-1, size).sum(1), size, num_ranks)
+        shares = deal_chunks(pairs.view(-1, size).sum(1), size, num_ranks)
         if imbalance(pairs, shares) <= CLOSE_ENOUGH:
             break
     return shares
@@ -37,7 +37,8 @@ def imbalance(pairs: Tensor, shares: Tensor) -> float:
     return float(work.max() / work.mean()) if work.any() else 1.0
 
 
-def _deal(work: Tensor, size: int, num_ranks: int) -> Tensor:
+def deal_chunks(work: Tensor, size: int, num_ranks: int) -> Tensor:
+    """The shares of chunks of `size` tokens that take `work` `[T / size]`, see `share_tokens`."""
     room = len(work) // num_ranks
     chunks: list[list[int]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
