@@ -96,7 +96,7 @@ def plan_rectangles(cu_seqlens: Tensor, query_token: Tensor, key_token: Tensor) 
         tokens = query_token[rows.query_token], key_token[columns.query_token]
         query_index, key_index = (token - first_token for token in tokens)
         key_index.view(-1)[columns.padding] = NEVER
-        reach = torch.searchsorted(key_index, query_index, right=True).amax(dim=0)
+        reach = torch.searchsorted(key_index, query_index, right=True).amax(dim=0).cpu()
         rectangles.append(
             Rectangle(
                 queries=rows,
