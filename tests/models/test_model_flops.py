@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 from test_model_twins import CASES, make_model
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarec.base.config import build
@@ -14,7 +16,13 @@ from megarec.models.flops import count_pairs
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.hstu.flops import block_flops
 from megarec.models.registry import pack_flops
+from megarec.parallel.parts import Attention
 from tests.models.small_log import SmallLog, lay_out, make_lookup, make_table, shape_for
+
+
+def takes_v(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stands for attention."""
+    return v
 
 
 def all_flops(config: Any, *args: Any, **settings: Any) -> int:
@@ -102,9 +110,10 @@ def test_linear_maps_are_those_that_run(name: str, monkeypatch: pytest.MonkeyPat
     shape = shape_for(config)
     model, lookup = make_model(config, shape), make_lookup(make_table(shape, config))
     for block in model.blocks.values():
-        for part in ("attention", "hstu_attention"):
-            if hasattr(block, part):
-                monkeypatch.setattr(block, part, lambda q, k, v, *_, **__: v)
+        of_both = isinstance(block.attention, Attention)
+        monkeypatch.setattr(
+            block, "attention", replace(block.attention, hstu=takes_v, softmax=takes_v) if of_both else takes_v
+        )
     events = lay_out(log, shape, config, dead=0).events
     with FlopCounterMode(display=False) as counter:
         states = model.encode(events, lookup)
