@@ -1,0 +1,409 @@
+"""What one training step does on every rank: pieces of weights, shapes inside a block, collectives, order of packs.
+
+Nothing here knows how a layout works. Pieces are read from the `Placement` of every parameter, shapes from hooks on
+every module, and collectives from torch's dispatcher, which every call of Megatron-Core and of megarec passes with the
+process group that it was called with. A collective of the backward pass belongs to the module that made its autograd
+node: autograd numbers the nodes in the order in which the forward pass makes them.
+
+The second step is traced: in the first one Megatron-Core's DDP learns which gradients come when.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megarec.data.dataset import open_dataset
+from megarec.embedding.tables import OwnedGradients, TableGroup
+from megarec.models.model import RecModel
+from megarec.optim.dense import DenseOptimizer
+from megarec.parallel import engine, megatron_parts
+from megarec.parallel.groups import Group, ParallelGroups, ProcessInfo, start, stop
+from megarec.parallel.placement import Placement, placements
+from megarec.train import step as step_module
+from megarec.train import trainer as trainer_module
+from megarec.train.batches import PackWork, StepBatch
+from megarec.train.config import TrainConfig
+from megarec.train.objective import Objective
+from megarec.train.trainer import Trainer
+from tests.parity.twins import make_run
+from tests.ranks import run_ranks
+
+OPERATIONS = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "alltoall_base_": "all-to-all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+}
+WIDTHS = {"width": 32, "table_width": 24, "heads": {"query_width": 20, "hidden_width": 40}}
+MODELS: dict[str, dict[str, Any]] = {  # every width another number, so that a shape can be read
+    "hstu": {"name": "hstu", "block": {"num_heads": 4, "qk_head_width": 8, "v_head_width": 8, "num_time_buckets": 16}},
+    "argus": {"name": "argus", "block": {"num_heads": 4}},
+}
+TOKENS = 160
+BUCKET_NUMBERS = 16_000  # Megatron-Core's 40 million would put all of a small model into one bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One call on one rank.
+
+    Attributes:
+        operation: of `OPERATIONS`, or torch's name of another one.
+        group: the field of `ParallelGroups` that it went over; `?` for none of them.
+        size: ranks of the group.
+        shape: of the tensor that all ranks sum or hold together, or that one sends.
+        item_bytes: of one number.
+        to_others: the share of it that this rank sends; in a ring where ranks work on one result.
+        phase: the line of the step.
+        place: the module or function that called it, or whose backward pass did.
+        pack: the number of the pack, in the schedule.
+    """
+
+    operation: str
+    group: str
+    size: int
+    shape: tuple[int, ...]
+    item_bytes: int
+    to_others: float
+    phase: str
+    place: str
+    pack: int | None
+
+    @property
+    def sent_bytes(self) -> float:
+        """What this rank sends."""
+        count = self.item_bytes * self.to_others
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A pass, `forward` or `backward`, of one pack through one chunk of this rank."""
+
+    kind: str
+    pack: int
+    chunk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One parameter of this rank.
+
+    Attributes:
+        kept: what of it this rank's optimizer keeps, first number and count.
+        bucket: in which of DDP's buckets its gradient lies.
+    """
+
+    placement: Placement
+    shape: tuple[int, ...]
+    kept: tuple[int, int]
+    bucket: int
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What one rank did in one step.
+
+    Attributes:
+        weights: the parameters it holds.
+        shapes: of what goes into each module and comes out, for the first pack, in the order in which modules end.
+        collectives: in the order of their calls; those of groups of one rank are left out.
+        order: of the passes.
+        facts: numbers of the packs and of the tables.
+    """
+
+    weights: list[Weight] = field(default_factory=list)
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    collectives: list[Collective] = field(default_factory=list)
+    order: list[Work] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def trace_run(data: Path, layout: str, model: str, **settings: Any) -> list[Trace]:
+    """The traces of all ranks of a small run; `model` of `MODELS`, `layout` of `tests.parity.table.LAYOUTS`."""
+    base = make_run(data, layout, model)
+    wanted = {"num_layers": base.model.num_layers, "max_positions": 32, "dropout": 0.1, "time_gap_buckets": 6}
+    stream = {"tokens_per_pack": TOKENS, "lanes": 2, "pool_blocks": 1, "max_history_events": 12, "packs_per_lane": 2}
+    values = {"model": {**WIDTHS, **wanted, **MODELS[model]}, "stream": stream, "num_steps": 2, **settings}
+    config = make_run(data, layout, model, **values, optimizer={}, tables={})
+    world = config.layout.replica if config.layout.replica > 1 else 2
+    return run_ranks(trace_second_step, world, config)
+
+
+def trace_second_step(process: ProcessInfo, config: TrainConfig, plant: Callable[[], None] | None = None) -> Trace:
+    """A job of one rank; `plant` changes the code before anything is built."""
+    if plant is not None:
+        plant()
+    engine.DistributedDataParallelConfig = partial(  # type: ignore[misc,assignment]
+        engine.DistributedDataParallelConfig, bucket_size=BUCKET_NUMBERS
+    )
+    groups = start(config.layout, process)
+    recorder = Recorder(groups)
+    for name in ("hstu_attention", "softmax_attention"):
+        recorder.see_shapes(megatron_parts, name, "kernel")
+    trainer = Trainer(config, groups, open_dataset(config.data), hooks=[])
+    recorder.watch(trainer)
+    with recorder:
+        trainer.fit()
+    stop()
+    recorder.trace.facts["tokens"] = config.stream.tokens_per_pack
+    return recorder.trace
+
+
+class Recorder(TorchDispatchMode):
+    """Fills a `Trace` while a trainer runs under it. Changes classes, so it belongs into a process of its own."""
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._groups = {group.process_group.group_name: n for n, group in vars(groups).items() if type(group) is Group}
+        self._phase, self._recording, self._step = "", False, 0
+        self._scopes: list[str] = []
+        self._nodes: list[tuple[str, int, int]] = []  # scopes that have ended, inner ones first
+        self._passes: list[tuple[int, int, int, int]] = []  # pack, chunk, first node, behind the last node
+        self._pack: int | None = None
+        self._packs: list[PackWork] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and self._recording:
+            self._record(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, name: str, args: Sequence[Any]) -> None:
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        operation = OPERATIONS.get(name, name)
+        if group.size() == 1 or operation == "receive":  # what is received was sent
+            return
+        tensor: Tensor = max((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), key=Tensor.numel)
+        others = (group.size() - 1) / group.size()
+        phase, place = self._phase, self._scopes[-1] if self._scopes else ""
+        if operation == "all-to-all":
+            tensor, splits = args[1], [arg for arg in args if isinstance(arg, list)]
+            if splits and splits[1]:
+                others = 1.0 - splits[1][group.rank()] / max(1, len(tensor))
+        elif operation in ("send", "broadcast"):
+            others = 1.0
+        elif operation == "all-reduce":
+            others *= 2
+        node = torch._C._current_autograd_node()
+        if phase == "schedule":
+            phase = "forward" if node is None else "backward"
+            if operation == "send":
+                phase, place = ("forward", "to the next chunk") if tensor.requires_grad else ("backward", "to the last")
+            elif node is not None:
+                place = self._place_of(node)
+        self.trace.collectives.append(
+            Collective(
+                operation=operation,
+                group=self._groups.get(group.group_name, "?"),
+                size=group.size(),
+                shape=tuple(tensor.shape),
+                item_bytes=tensor.element_size(),
+                to_others=others,
+                phase=phase,
+                place=place,
+                pack=self._pack if phase in ("forward", "backward") else None,
+            )
+        )
+
+    def _place_of(self, node: Any) -> str:
+        number = node._sequence_nr()
+        return next((name for name, first, end in self._nodes if first <= number < end), node.name())
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """What is called inside, and whose autograd nodes are made inside, belongs to `name`."""
+        first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._scopes.append(name)
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+            self._nodes.append((name, first, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Replaces `owner.name` by `around(original, *args, **settings)`."""
+        original = getattr(owner, name)
+        setattr(owner, name, wraps(original)(partial(around, original)) if not isinstance(owner, type) else None)
+        if isinstance(owner, type):
+
+            @wraps(original)
+            def method(*args: Any, **settings: Any) -> Any:
+                return around(original, *args, **settings)
+
+            setattr(owner, name, method)
+
+    def name_calls(self, owner: Any, name: str, place: str) -> None:
+        """Calls of `owner.name` are a scope."""
+
+        def around(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            with self.scope(place):
+                return original(*args, **settings)
+
+        self._wrap(owner, name, around)
+
+    def see_shapes(self, owner: Any, name: str, place: str) -> None:
+        """Keeps the shapes of the first call of `owner.name`."""
+
+        def around(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            out = original(*args, **settings)
+            if self._recording and place not in self.trace.shapes:
+                self.trace.shapes[place] = tuple(args[0].shape), tuple(out.shape)
+            return out
+
+        self._wrap(owner, name, around)
+
+    def _begin_phases(self, owner: Any, name: str, phase: str, then: str = "") -> None:
+        """From a call of `owner.name` on it is `phase`, and when it has returned, `then`."""
+
+        def around(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            self._phase = phase
+            try:
+                return original(*args, **settings)
+            finally:
+                self._phase = then
+
+        self._wrap(owner, name, around)
+
+    def watch(self, trainer: Trainer) -> None:
+        """Sees every call of the second step of `trainer`."""
+        self._wrap(Trainer, "_take_step", self._take_step)
+        for owner, name, *phases in (
+            (trainer_module, "share_step", "packs"),
+            (TableGroup, "fetch", "rows"),
+            (Objective, "count_targets", "counts", "counts"),
+            (step_module, "run_schedule", "schedule"),
+            (step_module, "finalize", "gradients"),
+            (TableGroup, "collect_gradients", "row gradients"),
+            (DenseOptimizer, "square_norm", "norm"),
+            (TableGroup, "square_norm", "norm"),
+            (DenseOptimizer, "step", "update"),
+            (DenseOptimizer, "zero", "", "losses"),
+            (Trainer, "_measure", "log line"),
+        ):
+            self._begin_phases(owner, name, *phases)
+        self.name_calls(RecModel, "_begin", "before the blocks")
+        self.name_calls(RecModel, "_end", "behind the blocks")
+        self.name_calls(Objective, "_next_item", "next item")
+        self.name_calls(Objective, "_feedback", "feedback")
+        self._wrap(Objective, "forward", self._forward)
+        self._wrap(StepBatch, "work", self._work)
+        from megatron.core.pipeline_parallel import schedules
+
+        self._wrap(schedules, "backward_step", self._backward)
+        self._wrap(TableGroup, "fetch", self._fetch)
+        self._wrap(TableGroup, "collect_gradients", self._collect)
+        for chunk in trainer.model:
+            for name, module in chunk.named_modules():
+                self._hook(name, module)
+        self._weights(trainer)
+
+    def _hook(self, name: str, module: nn.Module) -> None:
+        open_scopes: list[Any] = []
+
+        def enter(_: Any, __: Any) -> None:
+            open_scopes.append(self.scope(name))
+            open_scopes[-1].__enter__()
+
+        def leave(_: Any, inputs: Any, output: Any) -> None:
+            open_scopes.pop().__exit__(None, None, None)
+            tensors = [leaf for leaf in tree_leaves((inputs, output)) if isinstance(leaf, Tensor)]
+            if self._recording and name not in self.trace.shapes and tensors:
+                self.trace.shapes[name] = tuple(tensors[0].shape), tuple(tensors[-1].shape)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        for attribute in ("hstu_attention", "softmax_attention", "attention"):
+            if callable(getattr(module, attribute, None)):
+                self.name_calls(module, attribute, f"{name}.attention")
+                self.see_shapes(module, attribute, f"{name}.attention")
+
+    def _take_step(self, original: Callable[..., Any], *args: Any) -> Any:
+        self._step += 1
+        self._recording = self._step == 2
+        return original(*args)
+
+    def _work(self, original: Callable[..., Any], batch: StepBatch, index: Tensor) -> Any:
+        self._packs = original(batch, index)
+        self._nodes.clear()
+        columns = [work.pack.columns for work in self._packs]
+        counts = [len(pack.get("all_target", pack["target"])) for pack in columns]
+        self.trace.facts |= {"candidates": [len(pack["candidate_id"]) for pack in columns], "targets": counts}
+        return self._packs
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        _, work, chunk, _ = args
+        self._pack = next(number for number, other in enumerate(self._packs) if other is work)
+        first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        output = original(*args, **settings)
+        self._passes.append((self._pack, chunk, first, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+        self._remember("forward", self._pack, chunk)
+        return output
+
+    def _backward(self, original: Callable[..., Any], inputs: Any, outputs: Any, *rest: Any) -> Any:
+        (output,) = outputs if isinstance(outputs, list) else (outputs,)
+        nodes = [output.grad_fn]  # what Megatron-Core made of the chunk's output
+        while not (found := [p for p in self._passes if p[2] <= nodes[0]._sequence_nr() < p[3]]):
+            nodes = [node for node, _ in nodes.pop(0).next_functions if node is not None] + nodes
+        self._pack = found[-1][0]
+        self._remember("backward", self._pack, found[-1][1])
+        return original(inputs, outputs, *rest)
+
+    def _remember(self, kind: str, pack: int, chunk: int) -> None:
+        if self._recording:
+            self.trace.order.append(Work(kind=kind, pack=pack, chunk=chunk))
+
+    def _fetch(self, original: Callable[..., Any], tables: TableGroup, rows: Tensor) -> Any:
+        fetched = original(tables, rows)
+        self.trace.facts |= {
+            "rows": tables.num_rows,
+            "asked": int((rows >= 0).sum()),
+            "distinct": len(fetched.values),
+            "asked_of": fetched.route.asked,
+            "served_to": fetched.route.served,
+            "own_rows": len(tables.state_pieces()["values"]),
+        }
+        return fetched
+
+    def _collect(self, original: Callable[..., Any], *args: Any) -> OwnedGradients:
+        owned: OwnedGradients = original(*args)
+        self.trace.facts["updated"] = len(owned.local_rows)
+        return owned
+
+    def _weights(self, trainer: Trainer) -> None:
+        kept = {
+            share.placement.global_name: (share.first or 0, share.weight.numel())
+            for share in trainer.machinery.optimizer._shares
+        }
+        bucket_of = {
+            parameter: (number, chunk)
+            for chunk, ddp in enumerate(trainer.machinery.chunks)
+            for buffer in ddp.buffers
+            for number, bucket in enumerate(buffer.buckets)
+            for parameter in bucket.params
+        }
+        for parameter, placement in placements(trainer.model):
+            weight = Weight(
+                placement=replace(placement),
+                shape=tuple(parameter.shape),
+                kept=kept.get(placement.global_name, (0, 0)),
+                bucket=bucket_of[parameter][0],
+            )
+            self.trace.weights.append(weight)
