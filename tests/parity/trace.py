@@ -10,7 +10,7 @@ The second step is traced: in the first one Megatron-Core's DDP learns which gra
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,18 @@ from megarec.embedding.tables import OwnedGradients, TableGroup
 from megarec.models.model import RecModel
 from megarec.optim.dense import DenseOptimizer
 from megarec.parallel import engine, megatron_parts
+from megarec.parallel.context import fill
 from megarec.parallel.groups import Group, ParallelGroups, ProcessInfo, start, stop
-from megarec.parallel.placement import Placement, placements
+from megarec.parallel.placement import placements
 from megarec.train import step as step_module
 from megarec.train import trainer as trainer_module
 from megarec.train.batches import PackWork, StepBatch
 from megarec.train.config import TrainConfig
 from megarec.train.objective import Objective
 from megarec.train.trainer import Trainer
-from tests.parity.twins import make_run
+from tests.parity.table import LAYOUTS
+from tests.parity.traffic import CHUNK_BEFORE, GRADIENTS_COME, NEXT_CHUNK, Collective, Trace, Weight, Work
+from tests.parity.twins import STREAM, make_run
 from tests.ranks import run_ranks
 
 OPERATIONS = {
@@ -49,7 +52,7 @@ OPERATIONS = {
     "send": "send",
     "recv_": "receive",
 }
-WIDTHS = {"width": 32, "table_width": 24, "heads": {"query_width": 20, "hidden_width": 40}}
+WIDTHS = {"width": 32, "table_width": 28, "heads": {"query_width": 20, "hidden_width": 40}}
 MODELS: dict[str, dict[str, Any]] = {  # every width another number, so that a shape can be read
     "hstu": {"name": "hstu", "block": {"num_heads": 4, "qk_head_width": 8, "v_head_width": 8, "num_time_buckets": 16}},
     "argus": {"name": "argus", "block": {"num_heads": 4}},
@@ -58,97 +61,29 @@ TOKENS = 160
 BUCKET_NUMBERS = 16_000  # Megatron-Core's 40 million would put all of a small model into one bucket
 
 
-@dataclass(frozen=True, kw_only=True)
-class Collective:
-    """One call on one rank.
+def trace_run(
+    data: Path, layout: str, model: str, *, plant: Callable[[], None] | None = None, **settings: Any
+) -> list[Trace]:
+    """The traces of all ranks of a small run; `model` of `MODELS`, `layout` of `tests.parity.table.LAYOUTS`.
 
-    Attributes:
-        operation: of `OPERATIONS`, or torch's name of another one.
-        group: the field of `ParallelGroups` that it went over; `?` for none of them.
-        size: ranks of the group.
-        shape: of the tensor that all ranks sum or hold together, or that one sends.
-        item_bytes: of one number.
-        to_others: the share of it that this rank sends; in a ring where ranks work on one result.
-        phase: the line of the step.
-        place: the module or function that called it, or whose backward pass did.
-        pack: the number of the pack, in the schedule.
+    `plant` changes the code before anything is built.
     """
-
-    operation: str
-    group: str
-    size: int
-    shape: tuple[int, ...]
-    item_bytes: int
-    to_others: float
-    phase: str
-    place: str
-    pack: int | None
-
-    @property
-    def sent_bytes(self) -> float:
-        """What this rank sends."""
-        count = self.item_bytes * self.to_others
-        for length in self.shape:
-            count *= length
-        return count
+    sizes = LAYOUTS[layout].sizes
+    chunks = sizes.get("pipeline", 1) * sizes.get("virtual", 1)
+    others = {"num_layers": max(2, chunks), "max_positions": 32, "dropout": 0.1, "time_gap_buckets": 6}
+    values = {
+        "model": {**WIDTHS, **others, **MODELS[model]},
+        "stream": {**STREAM, "tokens_per_pack": TOKENS, "packs_per_lane": 2 if chunks > 1 else 1},
+        "num_steps": 2,
+        "optimizer": {},
+        "tables": {},
+        **settings,
+    }
+    return run_ranks(trace_second_step, LAYOUTS[layout].world, make_run(data, layout, model, **values), plant)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A pass, `forward` or `backward`, of one pack through one chunk of this rank."""
-
-    kind: str
-    pack: int
-    chunk: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One parameter of this rank.
-
-    Attributes:
-        kept: what of it this rank's optimizer keeps, first number and count.
-        bucket: in which of DDP's buckets its gradient lies.
-    """
-
-    placement: Placement
-    shape: tuple[int, ...]
-    kept: tuple[int, int]
-    bucket: int
-
-
-@dataclass(kw_only=True)
-class Trace:
-    """What one rank did in one step.
-
-    Attributes:
-        weights: the parameters it holds.
-        shapes: of what goes into each module and comes out, for the first pack, in the order in which modules end.
-        collectives: in the order of their calls; those of groups of one rank are left out.
-        order: of the passes.
-        facts: numbers of the packs and of the tables.
-    """
-
-    weights: list[Weight] = field(default_factory=list)
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    collectives: list[Collective] = field(default_factory=list)
-    order: list[Work] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def trace_run(data: Path, layout: str, model: str, **settings: Any) -> list[Trace]:
-    """The traces of all ranks of a small run; `model` of `MODELS`, `layout` of `tests.parity.table.LAYOUTS`."""
-    base = make_run(data, layout, model)
-    wanted = {"num_layers": base.model.num_layers, "max_positions": 32, "dropout": 0.1, "time_gap_buckets": 6}
-    stream = {"tokens_per_pack": TOKENS, "lanes": 2, "pool_blocks": 1, "max_history_events": 12, "packs_per_lane": 2}
-    values = {"model": {**WIDTHS, **wanted, **MODELS[model]}, "stream": stream, "num_steps": 2, **settings}
-    config = make_run(data, layout, model, **values, optimizer={}, tables={})
-    world = config.layout.replica if config.layout.replica > 1 else 2
-    return run_ranks(trace_second_step, world, config)
-
-
-def trace_second_step(process: ProcessInfo, config: TrainConfig, plant: Callable[[], None] | None = None) -> Trace:
-    """A job of one rank; `plant` changes the code before anything is built."""
+def trace_second_step(process: ProcessInfo, config: TrainConfig, plant: Callable[[], None] | None) -> Trace:
+    """The job of one rank."""
     if plant is not None:
         plant()
     engine.DistributedDataParallelConfig = partial(  # type: ignore[misc,assignment]
@@ -156,8 +91,7 @@ def trace_second_step(process: ProcessInfo, config: TrainConfig, plant: Callable
     )
     groups = start(config.layout, process)
     recorder = Recorder(groups)
-    for name in ("hstu_attention", "softmax_attention"):
-        recorder.see_shapes(megatron_parts, name, "kernel")
+    recorder.watch_attention()
     trainer = Trainer(config, groups, open_dataset(config.data), hooks=[])
     recorder.watch(trainer)
     with recorder:
@@ -205,10 +139,10 @@ class Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if phase == "schedule":
             phase = "forward" if node is None else "backward"
-            if operation == "send":
-                phase, place = ("forward", "to the next chunk") if tensor.requires_grad else ("backward", "to the last")
-            elif node is not None:
+            if node is not None:
                 place = self._place_of(node)
+            elif not place:  # between passes: what a chunk made has a graph, what it gives back has none
+                phase, place = ("forward", NEXT_CHUNK) if tensor.requires_grad else ("backward", CHUNK_BEFORE)
         self.trace.collectives.append(
             Collective(
                 operation=operation,
@@ -225,7 +159,7 @@ class Recorder(TorchDispatchMode):
 
     def _place_of(self, node: Any) -> str:
         number = node._sequence_nr()
-        return next((name for name, first, end in self._nodes if first <= number < end), node.name())
+        return next((name for name, first, end in self._nodes if first <= number < end), GRADIENTS_COME)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -241,34 +175,46 @@ class Recorder(TorchDispatchMode):
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Replaces `owner.name` by `around(original, *args, **settings)`."""
         original = getattr(owner, name)
-        setattr(owner, name, wraps(original)(partial(around, original)) if not isinstance(owner, type) else None)
-        if isinstance(owner, type):
 
-            @wraps(original)
-            def method(*args: Any, **settings: Any) -> Any:
-                return around(original, *args, **settings)
+        @wraps(original)
+        def call(*args: Any, **settings: Any) -> Any:
+            return around(original, *args, **settings)
 
-            setattr(owner, name, method)
+        setattr(owner, name, call)
 
-    def name_calls(self, owner: Any, name: str, place: str) -> None:
-        """Calls of `owner.name` are a scope."""
-
+    def _name_calls(self, owner: Any, name: str, place: str) -> None:
         def around(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
             with self.scope(place):
                 return original(*args, **settings)
 
         self._wrap(owner, name, around)
 
-    def see_shapes(self, owner: Any, name: str, place: str) -> None:
-        """Keeps the shapes of the first call of `owner.name`."""
+    def watch_attention(self) -> None:
+        """Attention is no module: it is named after the block that calls it. To be called before a model is built."""
 
-        def around(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        def kernel(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
             out = original(*args, **settings)
-            if self._recording and place not in self.trace.shapes:
-                self.trace.shapes[place] = tuple(args[0].shape), tuple(out.shape)
+            self._keep_shapes(f"{self._scopes[-1]}.kernel", args[0], out)
             return out
 
-        self._wrap(owner, name, around)
+        def attention(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            with self.scope(f"{self._scopes[-1]}.attention"):
+                out = original(*args, **settings)
+            self._keep_shapes(f"{self._scopes[-1]}.attention", args[0], out)
+            return out
+
+        def token_parts(original: Callable[..., Any], *args: Any) -> Any:
+            parts = original(*args)
+            kinds = {kind: partial(attention, getattr(parts["attention"], kind)) for kind in ("hstu", "softmax")}
+            return {**parts, "attention": replace(parts["attention"], **kinds)}
+
+        self._wrap(fill, "hstu_attention", kernel)
+        self._wrap(fill, "softmax_attention", kernel)
+        self._wrap(megatron_parts, "token_parts", token_parts)
+
+    def _keep_shapes(self, place: str, before: Tensor, after: Tensor) -> None:
+        if self._recording:
+            self.trace.shapes.setdefault(place, (tuple(before.shape), tuple(after.shape)))
 
     def _begin_phases(self, owner: Any, name: str, phase: str, then: str = "") -> None:
         """From a call of `owner.name` on it is `phase`, and when it has returned, `then`."""
@@ -299,10 +245,10 @@ class Recorder(TorchDispatchMode):
             (Trainer, "_measure", "log line"),
         ):
             self._begin_phases(owner, name, *phases)
-        self.name_calls(RecModel, "_begin", "before the blocks")
-        self.name_calls(RecModel, "_end", "behind the blocks")
-        self.name_calls(Objective, "_next_item", "next item")
-        self.name_calls(Objective, "_feedback", "feedback")
+        self._name_calls(RecModel, "_begin", "before the blocks")
+        self._name_calls(RecModel, "_end", "behind the blocks")
+        self._name_calls(Objective, "_next_item", "next item")
+        self._name_calls(Objective, "_feedback", "feedback")
         self._wrap(Objective, "forward", self._forward)
         self._wrap(StepBatch, "work", self._work)
         from megatron.core.pipeline_parallel import schedules
@@ -325,15 +271,11 @@ class Recorder(TorchDispatchMode):
         def leave(_: Any, inputs: Any, output: Any) -> None:
             open_scopes.pop().__exit__(None, None, None)
             tensors = [leaf for leaf in tree_leaves((inputs, output)) if isinstance(leaf, Tensor)]
-            if self._recording and name not in self.trace.shapes and tensors:
-                self.trace.shapes[name] = tuple(tensors[0].shape), tuple(tensors[-1].shape)
+            if tensors:
+                self._keep_shapes(name, tensors[0], tensors[-1])
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-        for attribute in ("hstu_attention", "softmax_attention", "attention"):
-            if callable(getattr(module, attribute, None)):
-                self.name_calls(module, attribute, f"{name}.attention")
-                self.see_shapes(module, attribute, f"{name}.attention")
 
     def _take_step(self, original: Callable[..., Any], *args: Any) -> Any:
         self._step += 1
