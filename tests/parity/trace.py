@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,15 @@ def trace_run(
 
     `plant` changes the code before anything is built.
     """
+    for module in ("megatron.core.transformer.multi_token_prediction", "pyarrow.dataset"):
+        import_module(module)  # once, before the fork
     sizes = LAYOUTS[layout].sizes
     chunks = sizes.get("pipeline", 1) * sizes.get("virtual", 1)
-    others = {"num_layers": max(2, chunks), "max_positions": 32, "dropout": 0.1, "time_gap_buckets": 6}
+    shared = sizes.get("tensor", 1) * sizes.get("context", 1) > 1  # then two packs, else four
+    others = {"num_layers": 4 if chunks > 1 else 2, "max_positions": 32, "dropout": 0.1, "time_gap_buckets": 6}
     values = {
         "model": {**WIDTHS, **others, **MODELS[model]},
-        "stream": {**STREAM, "tokens_per_pack": TOKENS, "packs_per_lane": 2 if chunks > 1 else 1},
+        "stream": {**STREAM, "tokens_per_pack": TOKENS, "packs_per_lane": 1 if shared else 2},
         "num_steps": 2,
         "optimizer": {},
         "tables": {},
@@ -154,6 +158,7 @@ class Recorder(TorchDispatchMode):
                 phase=phase,
                 place=place,
                 pack=self._pack if phase in ("forward", "backward") else None,
+                passes=len(self.trace.order),
             )
         )
 
@@ -203,10 +208,17 @@ class Recorder(TorchDispatchMode):
             self._keep_shapes(f"{self._scopes[-1]}.attention", args[0], out)
             return out
 
+        def keep_shares(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            plan = original(*args, **settings)
+            if self._recording and hasattr(plan, "shares"):
+                self.trace.facts["shares"] = plan.shares.tolist()  # of the last pack
+            return plan
+
         def token_parts(original: Callable[..., Any], *args: Any) -> Any:
             parts = original(*args)
             kinds = {kind: partial(attention, getattr(parts["attention"], kind)) for kind in ("hstu", "softmax")}
-            return {**parts, "attention": replace(parts["attention"], **kinds)}
+            plan = partial(keep_shares, parts["attention"].plan)
+            return {**parts, "attention": replace(parts["attention"], plan=plan, **kinds)}
 
         self._wrap(fill, "hstu_attention", kernel)
         self._wrap(fill, "softmax_attention", kernel)
@@ -251,9 +263,7 @@ class Recorder(TorchDispatchMode):
         self._name_calls(Objective, "_feedback", "feedback")
         self._wrap(Objective, "forward", self._forward)
         self._wrap(StepBatch, "work", self._work)
-        from megatron.core.pipeline_parallel import schedules
-
-        self._wrap(schedules, "backward_step", self._backward)
+        self._wrap(import_module("megatron.core.pipeline_parallel.schedules"), "backward_step", self._backward)
         self._wrap(TableGroup, "fetch", self._fetch)
         self._wrap(TableGroup, "collect_gradients", self._collect)
         for chunk in trainer.model:
@@ -293,10 +303,10 @@ class Recorder(TorchDispatchMode):
     def _forward(self, original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         _, work, chunk, _ = args
         self._pack = next(number for number, other in enumerate(self._packs) if other is work)
+        self._remember("forward", self._pack, chunk)
         first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         output = original(*args, **settings)
         self._passes.append((self._pack, chunk, first, torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
-        self._remember("forward", self._pack, chunk)
         return output
 
     def _backward(self, original: Callable[..., Any], inputs: Any, outputs: Any, *rest: Any) -> Any:
@@ -334,18 +344,16 @@ class Recorder(TorchDispatchMode):
             share.placement.global_name: (share.first or 0, share.weight.numel())
             for share in trainer.machinery.optimizer._shares
         }
-        bucket_of = {
-            parameter: (number, chunk)
-            for chunk, ddp in enumerate(trainer.machinery.chunks)
-            for buffer in ddp.buffers
-            for number, bucket in enumerate(buffer.buckets)
-            for parameter in bucket.params
-        }
-        for parameter, placement in placements(trainer.model):
-            weight = Weight(
-                placement=replace(placement),
-                shape=tuple(parameter.shape),
-                kept=kept.get(placement.global_name, (0, 0)),
-                bucket=bucket_of[parameter][0],
-            )
-            self.trace.weights.append(weight)
+        for chunk, ddp in enumerate(trainer.machinery.chunks):
+            buckets = [bucket for buffer in ddp.buffers for bucket in buffer.buckets]
+            for parameter, placement in placements(ddp):
+                number = next(n for n, bucket in enumerate(buckets) if parameter in bucket.params)
+                weight = Weight(
+                    placement=placement,
+                    shape=tuple(parameter.shape),
+                    kept=kept.get(placement.global_name, (0, 0)),
+                    chunk=chunk,
+                    bucket=number,
+                    place=buckets[number].offset + buckets[number].param_to_index[parameter][0],
+                )
+                self.trace.weights.append(weight)

@@ -26,6 +26,7 @@ class Collective:
         phase: the line of the step.
         place: the module or function that called it, or whose backward pass did.
         pack: the number of the pack, in the schedule.
+        passes: how many passes of packs had begun.
     """
 
     operation: str
@@ -37,6 +38,7 @@ class Collective:
     phase: str
     place: str
     pack: int | None
+    passes: int
 
     @property
     def sent_bytes(self) -> float:
@@ -62,13 +64,17 @@ class Weight:
 
     Attributes:
         kept: what of it this rank's optimizer keeps, first number and count.
-        bucket: in which of DDP's buckets its gradient lies.
+        chunk: of this rank's chunks of the model.
+        bucket: in which of the chunk's buckets its gradient lies.
+        place: where in the chunk's buffer of gradients it begins.
     """
 
     placement: Placement
     shape: tuple[int, ...]
     kept: tuple[int, int]
+    chunk: int
     bucket: int
+    place: int
 
 
 @dataclass(kw_only=True)
