@@ -1,7 +1,7 @@
 """What ranks send in one step, as tables."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -185,17 +185,3 @@ def _measure(call: Collective, tokens: int) -> tuple[str, float, str]:
     held = tokens if tokens in shape else tokens // call.size
     width = WIDTH_NAMES.get(prod(shape) // held, str(prod(shape) // held))
     return f"[T{'' if held == tokens else f'/{call.size}'}, {width}]", call.sent_bytes / tokens, "token"
-
-
-def table(rows: Iterable[tuple[str, Mapping[Call, int]]], first_column: str) -> str:
-    """Markdown: a line for each kind of call, behind the name of what makes it."""
-    lines = [
-        f"| {first_column} | where | when | operation | over | tensor | times | bytes sent by a rank |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, calls in rows:
-        for call, count in calls.items():
-            sent = f"{call.sent_bytes:.4g} a {call.unit}" if call.unit else "see below"
-            cells = [name, call.place, call.phase, call.operation, call.group, call.tensor, str(count), sent]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -20,9 +20,10 @@ from tests.parity.pictures.canvas import (
     save,
     write,
 )
+from tests.parity.trace import BUCKET_NUMBERS
 from tests.parity.traffic import Collective, Trace
 
-HIGH = 2.75
+HIGH = 2.5
 PHASES = ("gradients", "row gradients", "norm", "update")
 SUMMED = ("all-reduce", "reduce-scatter", "all-gather")
 
@@ -31,11 +32,14 @@ def draw_replicas(path: Path, kinds: Mapping[str, Sequence[Trace]]) -> None:
     """A row for each kind, from the traces of two ranks."""
     figure, axes = open_page(11.2, HIGH * len(kinds) + 0.85, "Data parallelism: the same weights, other packs")
     name_ranks(axes, 9.2, HIGH * len(kinds) + 0.57)
-    note = "Left: rank 0 in time; F forward, B backward of its packs, then the lines of the step. Right: all numbers of the"
-    note += " dense weights, in the order of DDP's buckets."
-    write(axes, 0.2, HIGH * len(kinds) + 0.3, note, ha="left", color=SOFT)
+    note = (
+        "Left: rank 0 in time; F forward, B backward of its packs, then the lines of the step. Right: all dense weights"
+    )
+    note += f" in the order of\nDDP's buckets b0, b1, ... (of about {BUCKET_NUMBERS:,} numbers here, else 40 million;"
+    note += " white between them: padding)."
+    write(axes, 0.2, HIGH * len(kinds) + 0.2, note, ha="left", color=SOFT, linespacing=1.3)
     for number, (name, traces) in enumerate(kinds.items()):
-        top = HIGH * (len(kinds) - number) - 0.05
+        top = HIGH * (len(kinds) - number) - 0.15
         write(axes, 0.2, top, name, ha="left", size=11, weight="bold")
         _draw_time(axes, traces[0], top - 1.0)
         _draw_numbers(axes, traces, top - 0.35)
@@ -77,7 +81,7 @@ def _box_of(call: Collective, passes: int) -> int | None:
 
 
 def _bucket(call: Collective, trace: Trace) -> str:
-    """The bucket that a call moves: the one whose padded size fits best."""
+    """The bucket that a call moves, known by its size."""
     sizes = _bucket_sizes(trace)
     if len(sizes) == 1:
         return "all"
@@ -86,15 +90,19 @@ def _bucket(call: Collective, trace: Trace) -> str:
 
 
 def _bucket_sizes(trace: Trace) -> dict[int, int]:
-    sizes: dict[int, int] = {}
+    """The numbers of each bucket, with the padding behind it."""
+    starts: dict[int, int] = {}
+    end = 0
     for weight in trace.weights:
-        sizes[weight.bucket] = sizes.get(weight.bucket, 0) + prod(weight.shape)
-    return dict(sorted(sizes.items()))
+        starts[weight.bucket] = min(weight.place, starts.get(weight.bucket, weight.place))
+        end = max(end, weight.place + prod(weight.shape))
+    numbers = sorted(starts)
+    return {n: starts.get(n + 1, end) - starts[n] for n in numbers}
 
 
 def _draw_numbers(axes: Axes, traces: Sequence[Trace], y: float) -> None:
     """What of all numbers each rank keeps: weights, summed gradients, moments."""
-    left, width = 7.3, 3.7
+    left, width = 7.75, 3.3
     weights = traces[0].weights
     end = max(weight.place + prod(weight.shape) for weight in weights)
     for bucket in _bucket_sizes(traces[0]):
@@ -105,7 +113,7 @@ def _draw_numbers(axes: Axes, traces: Sequence[Trace], y: float) -> None:
         if len(_bucket_sizes(traces[0])) > 1:
             write(axes, middle, y + 0.1, f"b{bucket}", size=8.4, color=BACKWARD)
     for rank, trace in enumerate(traces):
-        for line, kind in enumerate(("weights", "gradients, summed", "Adam's moments")):
+        for line, kind in enumerate(("weights", "summed gradients", "Adam's moments")):
             bottom = y - 0.2 - 0.9 * rank - 0.26 * line
             write(axes, left - 0.1, bottom + 0.09, kind, ha="right", size=8.6)
             fill(axes, left, bottom, (width, 0.18), EMPTY, edgecolor=SOFT)

@@ -66,7 +66,7 @@ def draw_tables(path: Path, traces: Sequence[Trace]) -> None:
 
 
 def _bar(axes: Axes, x: float, y: float, parts: Sequence[int]) -> None:
-    """Rows of each owner on top of each other, 54 as tall as a lane."""
+    """Rows of each owner on top of each other."""
     total = sum(parts)
     bottom = y - HALF
     fill(axes, x + 0.4, bottom, (0.5, 2 * HALF), "none", edgecolor=SOFT)
@@ -95,8 +95,8 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 def draw_full_softmax(path: Path, traces: Sequence[Trace]) -> None:
     """One pack's softmax over all items, from the traces of two ranks that share it."""
-    figure, axes = open_page(11.2, 5.0, "Full softmax: items stay on their ranks, queries come to them")
-    name_ranks(axes, 9.2, 4.72)
+    figure, axes = open_page(11.2, 5.4, "Full softmax: items stay on their ranks, queries come to them")
+    name_ranks(axes, 9.2, 5.12)
     calls = [call for call in calls_in_a_pack(traces) if call.place == "next item"]
     gather, reduce = calls[0], next(call for call in calls if call.operation == "all-reduce")
     back = next(call for call in calls if call.phase == "backward")
@@ -109,9 +109,9 @@ def draw_full_softmax(path: Path, traces: Sequence[Trace]) -> None:
         (8.0, "log-sum-exp\nof every target"),
         (10.1, "losses of\nown targets"),
     ):
-        write(axes, x, 4.05, title, weight="bold", linespacing=1.2)
+        write(axes, x, 4.55, title, weight="bold", linespacing=1.2)
     for rank, trace in enumerate(traces):
-        y, own = LANES[rank], trace.shapes["item_tower"][1][0]
+        y, own = LANES[rank] + 0.5, trace.shapes["item_tower"][1][0]
         half = HALF if rank == 0 else -HALF
         fill(axes, 0.75, y - HALF, (0.3, 2 * HALF), EMPTY, edgecolor=SOFT)
         fill(axes, 0.75, min(y, y + half), (0.3, HALF), RANKS[rank])
@@ -127,15 +127,16 @@ def draw_full_softmax(path: Path, traces: Sequence[Trace]) -> None:
         for left, right in ((1.15, 3.05), (3.55, 4.8), (6.4, 7.8), (8.15, 9.95)):
             arrow(axes, (left, y), (right, y))
         for left, right in ((1.15, 3.05), (6.4, 7.8)):  # what goes over the ranks
-            arrow(axes, (left, y), (right, LANES[1 - rank]), color=FORWARD)
+            arrow(axes, (left, y), (right, LANES[1 - rank] + 0.5), color=FORWARD)
     for x, call, text in (
         (2.1, gather, gather.operation),
         (7.1, reduce, f"{times} × {reduce.operation}"),
     ):
         size = call.tensor[1:-1].replace(", ", " × ")
         label = f"{text} {size}\nover {call.group}, {call.sent_bytes:.4g} B a {call.unit}"
-        write(axes, x, 0.3, label, size=8.6, color=FORWARD, linespacing=1.2)
+        write(axes, x, 0.4, label, size=8.6, color=FORWARD, linespacing=1.2)
     size = back.tensor[1:-1].replace(", ", " × ")
-    label = f"backward: {back.operation} of the queries' gradients {size},\n{back.sent_bytes:.4g} B a {back.unit};"
-    write(axes, 4.6, 0.3, label + " those of items stay", size=8.6, color=BACKWARD, linespacing=1.2)
+    label = f"backward: gradients of queries by {back.operation} {size}\n"
+    label += f"over {back.group}, {back.sent_bytes:.4g} B a {back.unit}; those of items stay"
+    write(axes, 4.62, 0.4, label, size=8.6, color=BACKWARD, linespacing=1.2)
     save(figure, path)

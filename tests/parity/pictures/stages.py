@@ -104,7 +104,9 @@ def _draw_chart(axes: Axes, traces: Sequence[Trace], y: float) -> None:
         )
     idle = 1 - sum(stop - begin for begin, stop in times.values()) / (end * len(traces))
     chunk = ", c its chunk" if rounds > 1 else ""
-    note = f"time →   F forward, B backward of pack 0 to {max(work.pack for _, work in times)}{chunk}.  Idle {idle:.0%}"
+    last = max(work.pack for _, work in times)
+    note = f"time →   F forward, B backward of pack 0 to {last}{chunk}.  Idle: {idle:.0%}, if all layers cost"
+    note += " the same and a backward pass as much as two forward ones"
     write(axes, left, y - 0.2, note, ha="left", color=SOFT)
 
 
