@@ -18,8 +18,8 @@ from tests.parity.trace import trace_run
 SPLIT = {
     "tensor": "Tensor parallelism: heads and channels over 2 ranks",
     "sequence": "Tensor and sequence parallelism: tokens between the split maps too",
-    "context by heads": "Context parallelism by heads: tokens over 2 ranks, attention on all tokens of some heads",
-    "context in a ring": "Context parallelism in a ring: tokens over 2 ranks, keys and values pass by",
+    "context by heads": "Context parallelism by heads: tokens, and in attention heads, over 2 ranks",
+    "context in a ring": "Context parallelism in a ring: tokens over 2 ranks, keys pass by",
 }
 
 

@@ -1,7 +1,7 @@
 """What ranks send in one step, as tables."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -115,24 +115,21 @@ class Call:
 
 
 def calls_in_a_layer(traces: Sequence[Trace]) -> dict[Call, int]:
-    """The calls of one layer for one pack, and how many of each."""
-    layers = [
-        _count(traces, lambda call, start=f"blocks.{layer}.": call.pack == 0 and call.place.startswith(start))
-        for layer in (0, 1)
-    ]
-    if layers[0] != layers[1]:
-        raise AssertionError("two layers differ")
-    return layers[0]
+    """The calls of one layer for one pack, and how many of each; the same for all layers and packs."""
+    layers = {_layer_of(call) for trace in traces for call in trace.collectives} - {None}
+    packs = {work.pack for trace in traces for work in trace.order}
+    return _same([_count(traces, pack=pack, layer=layer) for layer in layers for pack in packs])
 
 
 def calls_in_a_pack(traces: Sequence[Trace]) -> dict[Call, int]:
-    """The calls for one pack outside of the layers."""
-    return _count(traces, lambda call: call.pack == 0 and not call.place.startswith(("blocks.", GRADIENTS_COME)))
+    """The calls for one pack outside of the layers, the same for all packs."""
+    packs = {work.pack for trace in traces for work in trace.order}
+    return _same([_count(traces, pack=pack, layer=None) for pack in packs])
 
 
 def calls_in_a_step(traces: Sequence[Trace]) -> dict[Call, int]:
     """The calls that are made once, however many packs there are."""
-    return _count(traces, lambda call: call.pack is None or call.place == GRADIENTS_COME)
+    return _count(traces, pack=None, layer=None)
 
 
 def numbers_per_token(calls: Mapping[Call, int], width: int) -> dict[str, float]:
@@ -143,11 +140,26 @@ def numbers_per_token(calls: Mapping[Call, int], width: int) -> dict[str, float]
     return sums
 
 
-def _count(traces: Sequence[Trace], wanted: Callable[[Collective], bool]) -> dict[Call, int]:
+def _layer_of(call: Collective) -> str | None:
+    kind, _, rest = call.place.partition(".")
+    return rest.split(".")[0] if kind == "blocks" else None
+
+
+def _same(counts: Sequence[dict[Call, int]]) -> dict[Call, int]:
+    if any(other != counts[0] for other in counts):
+        raise AssertionError("layers or packs differ in what they send")
+    return counts[0] if counts else {}
+
+
+def _count(traces: Sequence[Trace], *, pack: int | None, layer: str | None) -> dict[Call, int]:
     """Of the calls that any rank makes, the most that one rank makes, in the order in which they first come."""
     most: dict[Call, int] = {}
     for trace in traces:
-        own = Counter(_in_letters(call, trace) for call in trace.collectives if wanted(call))
+        own = Counter(
+            _in_letters(call, trace)
+            for call in trace.collectives
+            if (None if call.place == GRADIENTS_COME else call.pack) == pack and _layer_of(call) == layer
+        )
         most |= {call: max(count, most.get(call, 0)) for call, count in own.items()}
     return most
 
@@ -155,7 +167,7 @@ def _count(traces: Sequence[Trace], wanted: Callable[[Collective], bool]) -> dic
 def _in_letters(call: Collective, trace: Trace) -> Call:
     tensor, sent, unit = _measure(call, trace.facts["tokens"])
     return Call(
-        place=call.place.removeprefix("blocks.0.").removeprefix("blocks.1."),
+        place=call.place.split(".", 2)[2] if call.place.count(".") > 1 else call.place.split(".")[0],
         phase=call.phase,
         operation=call.operation,
         group=call.group,

@@ -40,7 +40,11 @@ def trace_all(data: Path) -> Traces:
 
 def tables(traces: Traces) -> dict[str, str]:
     """Markdown by the name of its place in the page."""
-    found = {name: _table_of_layers(traces, name) for name in SPLIT_BLOCKS.values()}
+    tensor = calls_in_a_layer(traces["tensor", "argus"])
+    for kind, own in traces.items():
+        if kind[0] not in SPLIT_BLOCKS.values() and calls_in_a_layer(own) not in ({}, tensor):
+            raise AssertionError(f"{kind}: layers send what no table says")
+    found = {name: table_of_layers(traces, name) for name in SPLIT_BLOCKS.values()}
     return {**found, "sums": _table_of_sums(traces), "packs": _table_of_packs(traces), "steps": _table_of_steps(traces)}
 
 
@@ -56,7 +60,8 @@ def insert(page: str, parts: Mapping[str, str]) -> str:
     return page
 
 
-def _table_of_layers(traces: Traces, name: str) -> str:
+def table_of_layers(traces: Traces, name: str) -> str:
+    """What every layer sends for a pack."""
     rows = [
         [BLOCKS[model], f"`{call.place}`", call.phase, *_what(call), str(count), f"{call.sent_bytes:.4g}"]
         for model in BLOCKS

@@ -129,14 +129,13 @@ def draw_full_softmax(path: Path, traces: Sequence[Trace]) -> None:
         for left, right in ((1.15, 3.05), (6.4, 7.8)):  # what goes over the ranks
             arrow(axes, (left, y), (right, LANES[1 - rank] + 0.5), color=FORWARD)
     for x, call, text in (
-        (2.1, gather, gather.operation),
+        (1.7, gather, gather.operation),
         (7.1, reduce, f"{times} × {reduce.operation}"),
     ):
         size = call.tensor[1:-1].replace(", ", " × ")
         label = f"{text} {size}\nover {call.group}, {call.sent_bytes:.4g} B a {call.unit}"
         write(axes, x, 0.4, label, size=8.6, color=FORWARD, linespacing=1.2)
     size = back.tensor[1:-1].replace(", ", " × ")
-    label = f"backward: gradients of queries by {back.operation} {size}\n"
-    label += f"over {back.group}, {back.sent_bytes:.4g} B a {back.unit}; those of items stay"
-    write(axes, 4.62, 0.4, label, size=8.6, color=BACKWARD, linespacing=1.2)
+    label = f"backward: {back.operation} {size} of the\nqueries' gradients, {back.sent_bytes:.4g} B a {back.unit}"
+    write(axes, 4.5, 0.4, label, size=8.6, color=BACKWARD, linespacing=1.2)
     save(figure, path)
