@@ -29,8 +29,8 @@ def expected_numbers(kind: str, model: str, ranks: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def traces(world: Path) -> Traces:
-    return trace_all(world)
+def traces(parity_data: Path) -> Traces:
+    return trace_all(parity_data)
 
 
 def test_the_tables_of_the_page_are_what_the_code_does(traces: Traces) -> None:
@@ -51,8 +51,8 @@ def test_costs_are_those_of_the_formulas(traces: Traces, kind: str, model: str) 
     ("kind", "layout"),
     [("tensor", "tp4"), ("sequence", "tp4 sp"), ("context by heads", "cp4"), ("context in a ring", "ring4")],
 )
-def test_costs_on_four_ranks(world: Path, kind: str, layout: str, model: str) -> None:
-    sums = numbers_per_token(calls_in_a_layer(trace_run(world, layout, model)), WIDTH)
+def test_costs_on_four_ranks(parity_data: Path, kind: str, layout: str, model: str) -> None:
+    sums = numbers_per_token(calls_in_a_layer(trace_run(parity_data, layout, model)), WIDTH)
     assert sum(sums.values()) == pytest.approx(expected_numbers(kind, model, 4), rel=1e-9)
 
 
@@ -74,7 +74,7 @@ def plant_a_sum() -> None:
     HstuBlock.forward = and_a_sum  # type: ignore[method-assign]
 
 
-def test_a_sum_too_many_is_seen(traces: Traces, world: Path) -> None:
-    faulty = {**traces, ("tensor", "hstu"): trace_run(world, "tp2", "hstu", plant=plant_a_sum)}
+def test_a_sum_too_many_is_seen(traces: Traces, parity_data: Path) -> None:
+    faulty = {**traces, ("tensor", "hstu"): trace_run(parity_data, "tp2", "hstu", plant=plant_a_sum)}
     assert "all-reduce | `world`" in table_of_layers(faulty, "tensor")
     assert tables(faulty)["tensor"] != tables(traces)["tensor"]

@@ -36,9 +36,9 @@ from megarec.train.batches import PackWork, StepBatch
 from megarec.train.config import TrainConfig
 from megarec.train.objective import Objective
 from megarec.train.trainer import Trainer
+from tests.parity.layout_runs import STREAM, make_run
 from tests.parity.table import LAYOUTS
 from tests.parity.traffic import CHUNK_BEFORE, GRADIENTS_COME, NEXT_CHUNK, Collective, Trace, Weight, Work
-from tests.parity.twins import STREAM, make_run
 from tests.ranks import run_ranks
 
 OPERATIONS = {
