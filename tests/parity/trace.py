@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if phase == "schedule":
             phase = "forward" if node is None else "backward"
-            if node is not None:
+            if node is not None and not place:
                 place = self._place_of(node)
             elif not place:  # between passes: what a chunk made has a graph, what it gives back has none
                 phase, place = ("forward", NEXT_CHUNK) if tensor.requires_grad else ("backward", CHUNK_BEFORE)
@@ -203,9 +203,12 @@ class Recorder(TorchDispatchMode):
             return out
 
         def attention(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-            with self.scope(f"{self._scopes[-1]}.attention"):
+            # What is computed again in the backward pass runs outside of its block.
+            inside = self._scopes[-1] if self._scopes else self._place_of(torch._C._current_autograd_node())
+            block = ".".join(inside.split(".")[:2])
+            with self.scope(f"{block}.attention"):
                 out = original(*args, **settings)
-            self._keep_shapes(f"{self._scopes[-1]}.attention", args[0], out)
+            self._keep_shapes(f"{block}.attention", args[0], out)
             return out
 
         def keep_shares(original: Callable[..., Any], *args: Any, **settings: Any) -> Any:
@@ -285,7 +288,7 @@ class Recorder(TorchDispatchMode):
                 self._keep_shapes(name, tensors[0], tensors[-1])
 
         module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+        module.register_forward_hook(leave, always_call=True)  # what is computed again may end early
 
     def _take_step(self, original: Callable[..., Any], *args: Any) -> Any:
         self._step += 1

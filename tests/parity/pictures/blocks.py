@@ -44,13 +44,13 @@ def draw_block(path: Path, title: str, traces: Mapping[str, Sequence[Trace]], wh
         traces: of two ranks, by model.
         whole: of a rank that holds everything, by model.
     """
-    height = ROW * len(ROWS)
+    height = ROW * len(ROWS) + 0.15
     figure, axes = open_page(11.2, height + 0.9, title)
     name_ranks(axes, 9.2, height + 0.62)
     legend = "Bars: what of all T tokens (down) and all channels (across) a rank holds. Bytes: sent by a rank per token"
-    legend += " of the pack (D = 32, fp32)."
+    legend += " of the pack\n(D = 32, fp32); green above: forward, red below: backward."
     if any("tensor" in call.group for trace in traces.values() for call in trace[0].collectives):
-        legend += "\nΣ: each rank has a part of the gradient; one sum over the tensor ranks at the end of the step."
+        legend += " Σ: each rank has a part of the gradient; summed at the end of the step."
     write(axes, 0.2, height + 0.42, legend, ha="left", va="top", color=SOFT, linespacing=1.3)
     for number, (name, (model, modules)) in enumerate(ROWS.items()):
         top = height - ROW * number
@@ -177,7 +177,7 @@ class _Row:
         lines = []
         for how, which in names.items():
             which = ["biases"] if "position bias" in which else which
-            lines.append(f"{' and '.join(which)}: {how}")
+            lines.append(f"{' and '.join(which)}:{chr(10) if len(which) > 1 else ' '}{how}")
         return lines
 
     def _heads(self, x: float) -> str:
