@@ -24,13 +24,17 @@ class LayerNorm(nn.Module):
 
 
 class AllHeadsNorm(nn.Module):
-    """`LayerNorm` over the channels of all heads, of which this rank has some: two sums over ranks a token."""
+    """`LayerNorm` over the channels of all heads, of which this rank has some.
+
+    Ranks tell each other the mean m and the sum of squares M around it of their W channels, two numbers a token:
+    the whole has the mean of the means and `sum of M + W (m - mean)^2` (Chan, Golub and LeVeque, 1983).
+    """
 
     def __init__(self, width: int, *, affine: bool, eps: float, parts: Parts) -> None:
         super().__init__()
         self.width = width
         self.eps = eps
-        self.sum_over_heads = parts.sum_over_heads
+        self.gather_over_heads = parts.gather_over_heads
         self.own = parts.own_part(width)
         self.scale = whole_parameter((width,), Init(value=1.0), sum_over=("tp",)) if affine else None
         self.shift = whole_parameter((width,), Init(), sum_over=("tp",)) if affine else None
@@ -41,9 +45,12 @@ class AllHeadsNorm(nn.Module):
         if x.shape[1] == self.width:
             return F.layer_norm(x, (self.width,), scale, shift, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - self.sum_over_heads(wide.sum(1, keepdim=True)) / self.width
-        variance = self.sum_over_heads(centred.square().sum(1, keepdim=True)) / self.width
-        normed = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        own_mean = wide.mean(1)
+        own = torch.stack([own_mean, (wide - own_mean[:, None]).square().sum(1)], dim=1)
+        means, squares = self.gather_over_heads(own).unbind(2)
+        mean = means.mean(0)
+        variance = (squares + x.shape[1] * (means - mean).square()).sum(0) / self.width
+        normed = ((wide - mean[:, None]) * torch.rsqrt(variance + self.eps)[:, None]).to(x.dtype)
         return normed if scale is None or shift is None else normed * scale + shift
 
 

@@ -24,9 +24,9 @@ def full_softmax(
     finds each query's log-sum-exp; if a backward can follow, a second one sums the gradients, which are kept (as
     large as the inputs).
 
-    With `shards` each rank has some of the items and all queries. Two numbers per query go over the ranks, never a
-    logit. A rank counts the losses of its `own` queries; its gradients are those of all losses by its items, so the
-    gradient of a query is the sum over ranks.
+    With `shards` each rank has some of the items and all queries. Three numbers per query go over the ranks, in two
+    messages, never a logit. A rank counts the losses of its `own` queries; its gradients are those of all losses by its
+    items, so the gradient of a query is the sum over ranks.
 
     Args:
         query: `[Q, D]`.
@@ -52,12 +52,14 @@ def full_softmax(
     log_sum = scaled_query.new_full((len(query),), float("-inf"))
     for chunk in all_items.split(chunk_items):
         log_sum = torch.logaddexp(log_sum, (scaled_query @ chunk.T).logsumexp(dim=1))
-    largest = shards.max(log_sum)
-    log_sum = largest + shards.sum((log_sum - largest).exp()).log()
     here = (target >= first_item) & (target < first_item + len(items))
     place, asking = (target - first_item)[here], here.nonzero().squeeze(1)
     target_items = torch.zeros_like(scaled_query).index_copy_(0, asking, all_items[place])
-    losses = log_sum - shards.sum((scaled_query * target_items).sum(dim=1))
+    largest = shards.max(log_sum)
+    shares = torch.stack([(log_sum - largest).exp(), (scaled_query * target_items).sum(dim=1)], dim=1)
+    total, target_score = shards.sum(shares).unbind(1)
+    log_sum = largest + total.log()
+    losses = log_sum - target_score
     loss = (losses if own is None else losses[own]).sum()
     if not want_gradients(query, items, inverse_temperature):
         return loss

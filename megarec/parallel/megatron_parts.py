@@ -7,11 +7,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from megarec.parallel.context.fill import token_parts
-from megarec.parallel.groups import ParallelGroups
-from megarec.parallel.mcore import ColumnParallelLinear, RowParallelLinear, TransformerConfig
+from megarec.parallel.groups import Group, ParallelGroups
+from megarec.parallel.mcore import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TransformerConfig,
+    gather_from_sequence_parallel_region,
+)
 from megarec.parallel.parts import Linear, Parts, run_again, run_once
 from megarec.parallel.placement import Init, Placement, place
 
@@ -25,12 +29,17 @@ def megatron_parts(groups: ParallelGroups, config: TransformerConfig) -> Parts:
         row_linear=partial(RowLinear, groups=groups, config=config),
         run_attention=run_again if recompute == "attention" else run_once,
         run_block=run_again if recompute == "block" else run_once,
-        sum_over_heads=partial(all_reduce, group=groups.tensor.process_group),
+        gather_over_heads=partial(_gather_over_heads, groups.tensor),
         sequence_parallel=groups.layout.sequence_parallel,
         tp_size=groups.tensor.size,
         tp_rank=groups.tensor.rank,
         **token_parts(groups),
     )
+
+
+def _gather_over_heads(group: Group, x: Tensor) -> Tensor:
+    gathered: Tensor = gather_from_sequence_parallel_region(x, group=group.process_group)
+    return gathered.view(group.size, *x.shape)
 
 
 class ColumnLinear(ColumnParallelLinear):

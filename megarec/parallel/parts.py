@@ -97,7 +97,7 @@ class Parts:
         leave_blocks: the way back.
         run_attention: how a block runs the half of it that ends with attention: at once, or in the backward pass again.
         run_block: likewise the whole block.
-        sum_over_heads: the sum over tensor-parallel ranks, of values and of gradients.
+        gather_over_heads: `[T, *]` of all tensor-parallel ranks, `[tp_size, T, *]`; gradients are summed over ranks.
         sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
         tp_rank: which of them this one is.
@@ -116,7 +116,7 @@ class Parts:
     leave_blocks: RowsOf = keep_rows
     run_attention: Run = run_once
     run_block: Run = run_once
-    sum_over_heads: Callable[[Tensor], Tensor] = lambda x: x
+    gather_over_heads: Callable[[Tensor], Tensor] = lambda x: x.unsqueeze(0)
     sequence_parallel: bool = False
     tp_size: int = 1
     tp_rank: int = 0

@@ -19,7 +19,7 @@ WIDTH = 32
 def expected_numbers(kind: str, model: str, ranks: int) -> float:
     """What the page says a rank sends in a layer, both passes, in vectors of `WIDTH` per token of the pack."""
     n, halves = ranks, 1 if model == "hstu" else 2
-    norm = 8 * (n - 1) / n / WIDTH if model == "hstu" else 0.0
+    norm = 4 * (n - 1) / WIDTH if model == "hstu" else 0.0
     return {
         "tensor": 4 * halves * (n - 1) / n + norm,
         "sequence": 5 * halves * (n - 1) / n + norm,

@@ -9,7 +9,7 @@ from typing import Any
 from megarec.parallel.placement import Placement
 
 NEXT_CHUNK, CHUNK_BEFORE, GRADIENTS_COME = "to the next chunk", "to the chunk before", "as gradients come"
-WIDTH_NAMES = {1: "1", 20: "Dq", 28: "E", 32: "D", 64: "2D", 96: "3D", 128: "4D"}
+WIDTH_NAMES = {1: "1", 2: "2", 20: "Dq", 28: "E", 32: "D", 64: "2D", 96: "3D", 128: "4D"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +190,12 @@ def _measure(call: Collective, tokens: int) -> tuple[str, float, str]:
     if call.pack is None:
         return str(list(shape)), call.sent_bytes, "step"
     if call.place == "next item" and shape[0] != tokens:
-        letter, unit = ("C", "candidate") if len(shape) > 1 else ("Q", "target")
+        letter, unit = ("Q", "target") if call.operation == "all-reduce" else ("C", "candidate")
         return f"[{letter}, {width}]", one_row * call.to_others, unit
     if call.operation == "all-to-all" and call.place.endswith("the blocks"):  # as many rows as the pack wants
         return f"[T/{call.size}, {width}]", one_row, "token that moves"
+    if shape[0] == call.size * tokens:
+        return f"[{call.size}T, {width}]", call.sent_bytes / tokens, "token"
     held = tokens if tokens in shape else tokens // call.size
     width = WIDTH_NAMES.get(prod(shape) // held, str(prod(shape) // held))
     return f"[T{'' if held == tokens else f'/{call.size}'}, {width}]", call.sent_bytes / tokens, "token"
