@@ -1,0 +1,123 @@
+"""The FP8 product against its slow twin: operands rounded, brought back, multiplied in fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarec.parallel.fp8 import scaled
+from megarec.parallel.fp8.scaled import quantize, scaled_product
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+U32, UNIT = 2.0**-24, {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # half the gap to the next number, relative
+SHAPES = [(16, 16, 16), (32, 48, 16), (16, 32, 80), (64, 64, 64), (160, 16, 256)]
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `x` is after FP8, in fp64, without `quantize`."""
+    amax = float(x.abs().max())
+    scale = torch.tensor(LARGEST[dtype] / amax if amax else 1.0, dtype=torch.float32)
+    return (x.float() * scale).to(dtype).double() / scale.double()
+
+
+def assert_product(found: Tensor, one: Tensor, other: Tensor, *, dtype: torch.dtype) -> None:
+    """`found` is `one @ other` summed in fp32 in any order, times two scales, rounded to `dtype` once.
+
+    A sum of K terms in fp32 errs by at most K u times the sum of magnitudes (u = 2^-24; the products of FP8 numbers are
+    exact in fp32). The inverses of two scales and two products with them err by u each, the result by u of `dtype`;
+    one u more for what is of second order.
+    """
+    exact, magnitude = one @ other, one.abs() @ other.abs()
+    bound = (one.shape[1] + 5) * U32 * magnitude + UNIT[dtype] * (exact.abs() + (one.shape[1] + 5) * U32 * magnitude)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+def check(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows + inner)
+    x = (torch.randn(rows, inner, generator=generator) * 3).to(dtype).requires_grad_()
+    weight = (torch.randn(columns, inner, generator=generator) * 0.02).to(dtype).requires_grad_()
+    gradient = (torch.randn(rows, columns, generator=generator) * 1e-5).to(dtype)
+    y = scaled_product(x, weight)
+    y.backward(gradient)
+    x8, w8, g8 = rounded(x.detach(), E4M3), rounded(weight.detach(), E4M3), rounded(gradient, E5M2)
+    assert x.grad is not None and weight.grad is not None
+    assert_product(y.detach(), x8, w8.t(), dtype=dtype)
+    assert_product(x.grad, g8, w8, dtype=dtype)
+    assert_product(weight.grad, g8.t(), x8, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients_are_the_twins(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(*shape, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "half_gap", "smallest"), [(E4M3, 2.0**-4, 2.0**-10), (E5M2, 2.0**-3, 2.0**-17)])
+def test_eight_bits_keep_each_number_within_half_a_gap(dtype: torch.dtype, half_gap: float, smallest: float) -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 7
+    x8, inverse = quantize(x, dtype)
+    error = (x8.double() * inverse.double() - x.double()).abs()
+    assert (error <= half_gap * x.double().abs() * (1 + 1e-6) + smallest * float(inverse)).all()
+    assert float(x8.double().abs().max()) == LARGEST[dtype]  # the whole range is used
+
+
+def test_of_nothing_comes_nothing() -> None:
+    x, weight = torch.zeros(16, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
+    y = scaled_product(x, weight)
+    y.backward(torch.zeros(16, 16))
+    assert x.grad is not None and weight.grad is not None
+    assert not y.any() and not x.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("tiny", [1e-38, 1e-42])
+def test_tiny_numbers_stay_finite(tiny: float) -> None:
+    x = torch.full((16, 16), tiny)
+    x8, inverse = quantize(x, E4M3)
+    assert torch.isfinite(x8.float()).all() and torch.isfinite(inverse) and inverse > 0
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_not_finite(wrong: float) -> None:
+    x = torch.ones(16, 16)
+    x[3, 5] = wrong
+    assert torch.isnan(scaled_product(x, torch.ones(16, 16))).all()
+
+
+def test_leading_dimensions_stay() -> None:
+    assert scaled_product(torch.ones(4, 8, 16), torch.ones(32, 16)).shape == (4, 8, 32)
+
+
+@pytest.mark.parametrize("shape", [(15, 16, 16), (16, 24, 16), (16, 16, 8)])
+def test_sizes_that_a_gpu_cannot_take_are_refused(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    with pytest.raises(ValueError, match="no multiple of 16"):
+        scaled_product(torch.ones(rows, inner), torch.ones(columns, inner))
+
+
+def forget_scale(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    return quantize(x, dtype)[0], torch.ones(())
+
+
+def not_transposed(a: Tensor, b: Tensor, **scales: Any) -> Tensor:
+    return MULTIPLY(a, b.t().contiguous() if a.shape == b.shape else b, **scales)
+
+
+def gradient_in_e4m3(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    return quantize(x, E4M3)
+
+
+MULTIPLY = torch._scaled_mm
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [(scaled, "quantize", forget_scale), (torch, "_scaled_mm", not_transposed), (scaled, "quantize", gradient_in_e4m3)],
+)
+def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, fault: Any) -> None:
+    check(64, 64, 64, torch.float32)
+    monkeypatch.setattr(where, name, fault)
+    with pytest.raises(AssertionError):
+        check(64, 64, 64, torch.float32)
