@@ -25,7 +25,10 @@ from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
     all_to_all,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import ModelType  # noqa: E402
@@ -44,9 +47,12 @@ __all__ = [
     "RowParallelLinear",
     "TransformerConfig",
     "all_to_all",
+    "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_megatron_optimizer",
     "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_sequence_parallel_region",
 ]

@@ -1,4 +1,4 @@
-"""The FP8 product against its slow twin: operands rounded, brought back, multiplied in fp64."""
+"""The FP8 product against its slow twin."""
 
 from typing import Any
 
@@ -8,31 +8,9 @@ from torch import Tensor
 
 from megarec.parallel.fp8 import scaled
 from megarec.parallel.fp8.scaled import quantize, scaled_product
+from tests.parallel.fp8.scaled_twin import E4M3, E5M2, LARGEST, assert_product, rounded
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-U32, UNIT = 2.0**-24, {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # half the gap to the next number, relative
 SHAPES = [(16, 16, 16), (32, 48, 16), (16, 32, 80), (64, 64, 64), (160, 16, 256)]
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `x` is after FP8, in fp64, without `quantize`."""
-    amax = float(x.abs().max())
-    scale = torch.tensor(LARGEST[dtype] / amax if amax else 1.0, dtype=torch.float32)
-    return (x.float() * scale).to(dtype).double() / scale.double()
-
-
-def assert_product(found: Tensor, one: Tensor, other: Tensor, *, dtype: torch.dtype) -> None:
-    """`found` is `one @ other` summed in fp32 in any order, times two scales, rounded to `dtype` once.
-
-    A sum of K terms in fp32 errs by at most K u times the sum of magnitudes (u = 2^-24; the products of FP8 numbers are
-    exact in fp32). The inverses of two scales and two products with them err by u each, the result by u of `dtype`;
-    one u more for what is of second order.
-    """
-    exact, magnitude = one @ other, one.abs() @ other.abs()
-    bound = (one.shape[1] + 5) * U32 * magnitude + UNIT[dtype] * (exact.abs() + (one.shape[1] + 5) * U32 * magnitude)
-    assert found.dtype == dtype
-    assert ((found.double() - exact).abs() <= bound).all()
 
 
 def check(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
