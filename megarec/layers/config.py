@@ -26,6 +26,10 @@ class TransformerBlockConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "feed_forward_multiple")
 
+    def split_widths(self, width: int) -> dict[str, int]:
+        """By setting, the widths of the split maps that tensor-parallel ranks divide; the other side is `width`."""
+        return {"model.width": width, "model.block.feed_forward_multiple": self.feed_forward_multiple * width}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SasrecBlockConfig:
@@ -43,6 +47,10 @@ class SasrecBlockConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "feed_forward_width")
+
+    def split_widths(self, width: int) -> dict[str, int]:
+        """As `TransformerBlockConfig.split_widths`."""
+        return {"model.width": width, "model.block.feed_forward_width": self.feed_forward_width}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +111,13 @@ class HstuBlockConfig:
                 where="weighting",
                 fix="Set position_bias=false, num_time_buckets=0 and qk_head_width to v_head_width",
             )
+
+    def split_widths(self, width: int) -> dict[str, int]:
+        """As `TransformerBlockConfig.split_widths`."""
+        return {
+            "model.block.v_head_width": self.num_heads * self.v_head_width * (1 if self.concat == "none" else 3),
+            "model.block.qk_head_width": 2 * self.num_heads * (self.v_head_width + self.qk_head_width),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class LayoutConfig:
         zero1: share the optimizer state of the dense weights out over the ranks that hold equal weights (ZeRO-1).
         recompute: what the backward pass computes again instead of keeping it: `none`; `attention`: of every block the
             norm, the first map and the attention; `block`: whole blocks, of which only the input is kept.
+        linears: what makes the split maps of the blocks: `megatron`: Megatron-Core; `te`: Transformer Engine, on a GPU;
+            `fp8_reference`: plain torch, with `precision=fp8_current` alone, to hold the others against.
         overlap: sum gradients over those ranks in buckets while the backward pass still runs.
     """
 
@@ -34,6 +36,7 @@ class LayoutConfig:
     sequence_parallel: bool = False
     zero1: bool = False
     recompute: Literal["none", "attention", "block"] = "none"
+    linears: Literal["megatron", "te", "fp8_reference"] = "megatron"
     overlap: bool = True
 
     def __post_init__(self) -> None:

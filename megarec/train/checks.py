@@ -8,6 +8,8 @@ from megarec.data.stream import StreamConfig
 from megarec.models.hstu.config import HstuConfig
 from megarec.models.sasrec.config import SasrecConfig
 from megarec.models.shape import input_shape
+from megarec.parallel.fp8.precision import is_fp8
+from megarec.parallel.fp8.requirements import why_no_engine
 from megarec.train.config import TrainConfig
 from megarec.train.layouts import name_nearest
 
@@ -17,6 +19,7 @@ ALIGNMENT = 16
 def check_run(config: TrainConfig, *, world: int) -> None:
     """Refuses what the configuration alone rules out, before any process group is made."""
     check_stream(config)
+    check_linears(config)
     try:
         check_layout(config, world=world)
     except UserError as error:
@@ -38,6 +41,7 @@ def check_layout(config: TrainConfig, *, world: int) -> None:
     check_lanes(config, world=world)
     check_stages(config, world=world)
     check_pack_size(config)
+    check_fp8_sizes(config)
 
 
 def check_stages(config: TrainConfig, *, world: int) -> None:
@@ -162,6 +166,58 @@ def check_candidates(config: TrainConfig) -> None:
             where="stream.candidates_per_window",
             fix="Set objective.feedback_weight and model.feedback_heads, or no candidates",
         )
+
+
+def check_linears(config: TrainConfig) -> None:
+    """What makes the split maps can compute in the precision, on this machine."""
+    linears, precision = config.layout.linears, config.precision
+    if is_fp8(precision) and linears == "megatron":
+        raise UserError(
+            f"{precision} needs split maps that compute in FP8, and layout.linears is megatron",
+            where="precision",
+            fix="Set layout.linears=te, or layout.linears=fp8_reference with precision=fp8_current",
+        )
+    if linears == "fp8_reference" and precision != "fp8_current":
+        raise UserError(
+            f"the reference knows precision=fp8_current alone, and it is {precision}",
+            where="layout.linears",
+            fix="Set precision=fp8_current, or layout.linears to te or megatron",
+        )
+    if linears != "te":
+        return
+    if is_fp8(precision) and config.layout.recompute != "none":
+        raise UserError(
+            "Transformer Engine's FP8 products are not computed again in the backward pass",
+            where="layout.recompute",
+            fix="Set it to none, or precision=bf16",
+        )
+    lacking = "the run is on the CPU" if config.device == "cpu" else why_no_engine(precision)
+    if lacking:
+        raise UserError(
+            f"Transformer Engine cannot be used: {lacking}",
+            where="layout.linears",
+            fix="Set layout.linears=megatron, or fp8_reference with precision=fp8_current (see docs/fp8.md)",
+        )
+
+
+def check_fp8_sizes(config: TrainConfig) -> None:
+    """Every side of an FP8 product is a multiple of 16, of 128 where scales belong to blocks of as many numbers."""
+    if not is_fp8(config.precision):
+        return
+    unit = 128 if config.precision == "fp8_blockwise" else 16
+    layout, model = config.layout, config.model
+    sides = {
+        "model.width": model.width,
+        "stream.tokens_per_pack": config.stream.tokens_per_pack // (layout.tensor * layout.context),
+    }
+    split = {name: width // layout.tensor for name, width in model.block.split_widths(model.width).items()}
+    for name, size in [*sides.items(), *split.items()]:
+        if size % unit:
+            raise UserError(
+                f"a rank has {size} of what this sets, and {config.precision} needs a multiple of {unit}",
+                where=name,
+                fix="Change it, or layout.tensor or layout.context, or set precision=bf16",
+            )
 
 
 def check_best(config: TrainConfig) -> None:

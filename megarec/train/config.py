@@ -9,6 +9,7 @@ from megarec.embedding.config import TableConfig
 from megarec.metrics.protocol import Protocol
 from megarec.models.choice import ModelConfig
 from megarec.optim.config import OptimizerSettings
+from megarec.parallel.fp8.precision import Precision
 from megarec.parallel.layout import LayoutConfig
 
 
@@ -74,7 +75,9 @@ class TrainConfig:
         run_dir: where the run writes: configuration, metrics, checkpoints. A run found there is resumed.
         num_steps: optimizer steps in all.
         seed: of everything random.
-        precision: `fp32`, or `bf16` compute with fp32 main weights.
+        precision: `fp32`; `bf16` compute with fp32 main weights; or that with the products of split maps in FP8, scaled
+            by the largest numbers of past steps (`fp8_delayed`), of the tensor at hand (`fp8_current`) or of blocks of
+            it (`fp8_blockwise`).
         device: `auto` takes a GPU when there is one.
         num_threads: CPU threads of one process; 0 leaves torch's choice.
         log_every_steps: steps between progress lines.
@@ -89,7 +92,7 @@ class TrainConfig:
     run_dir: str = "outputs/run"
     num_steps: int = 1000
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = 0
     log_every_steps: int = 10

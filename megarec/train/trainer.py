@@ -21,8 +21,8 @@ from megarec.models.shape import InputShape, input_shape
 from megarec.optim.dense import DenseOptimizer
 from megarec.optim.schedule import learning_rate
 from megarec.parallel.engine import transformer_config, wrap_ddp
+from megarec.parallel.filling import dense_dtype, make_parts
 from megarec.parallel.groups import ParallelGroups
-from megarec.parallel.megatron_parts import megatron_parts
 from megarec.parallel.placement import initialize
 from megarec.parallel.stages import balance_layers, cut_into_stages
 from megarec.train.batches import BatchMaker, PackBatch, PackFeed, StepBatch
@@ -32,7 +32,6 @@ from megarec.train.objective import Objective
 from megarec.train.replica import share_step
 from megarec.train.step import Machinery, StepResult, train_step
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SKIPPED_STEPS = 10
 
 
@@ -172,14 +171,13 @@ def build_machinery(
         shape: what the model reads.
         dtype: of the dense weights and the tables, instead of what `config.precision` says: fp64 for proofs.
     """
-    dense_dtype = dtype or DTYPES[config.precision]
     megatron = transformer_config(
         config.layout,
         width=config.model.width,
         num_heads=config.model.block.num_heads,
-        dtype=dense_dtype,
+        dtype=dtype or dense_dtype(config.precision),
     )
-    parts = megatron_parts(groups, megatron)
+    parts = make_parts(groups, megatron, config.precision)
     stages = cut_into_stages(config.layout, layers_per_chunk(config, shape), groups.pipeline.rank)
     chunks = [build_model(config.model, shape, parts, stage).to(groups.device) for stage in stages]
     for chunk in chunks:

@@ -12,11 +12,12 @@ from torch import Tensor
 from megarec.base.files import new_file
 from megarec.base.progress import say
 from megarec.parallel.broadcast import gather_objects
+from megarec.parallel.filling import dense_dtype
 from megarec.parallel.placement import count_weights
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
 from megarec.train.step import StepResult
-from megarec.train.trainer import DTYPES, Trainer
+from megarec.train.trainer import Trainer
 
 
 class LoggingHook(Hook):
@@ -31,7 +32,7 @@ class LoggingHook(Hook):
     def start(self, trainer: Trainer) -> None:
         """Measures the matmul peak and drops metrics of steps that will be taken again."""
         device = trainer.groups.device
-        peak = measure_matmul_peak(device, DTYPES[trainer.config.precision])
+        peak = measure_matmul_peak(device, dense_dtype(trainer.config.precision))
         self._meter = Meter(peak_flops=peak, num_ranks=trainer.groups.world.size)
         self._is_main = trainer.groups.world.rank == 0
         self._first_step, self._started = trainer.step, time.perf_counter()
