@@ -100,9 +100,24 @@ def scaled_product(
     return result.view(*x.shape[:-1], len(weight))
 
 
-def _multiply(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def multiply_fp8(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The product of two pairs of `quantize`, by torch's FP8 product: on a GPU, by its FP8 units.
+
+    On a CPU two operands in e4m3 take a hundred times as long as they should (measured with torch 2.13: 25 ms for
+    128 x 64 x 32).
+    """
     (a, a_inverse), (b, b_inverse) = one, other
     return torch._scaled_mm(a, b, scale_a=a_inverse, scale_b=b_inverse, out_dtype=dtype)
+
+
+def multiply_fp32(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The same in fp32, in which numbers of eight bits and their products are exact."""
+    (a, a_inverse), (b, b_inverse) = one, other
+    return (a.float() @ b.float() * a_inverse * b_inverse).to(dtype)
+
+
+def _multiply(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    return (multiply_fp8 if one[0].is_cuda else multiply_fp32)(one, other, dtype)
 
 
 def _by_columns(x: Tensor) -> Tensor:

@@ -27,9 +27,16 @@ def check(rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
     assert_product(weight.grad, g8.t(), x8, dtype=dtype)
 
 
+PRODUCTS = {"fp8": scaled.multiply_fp8, "fp32": scaled.multiply_fp32}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients_are_the_twins(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_forward_and_gradients_are_the_twins(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], dtype: torch.dtype, product: str
+) -> None:
+    monkeypatch.setattr(scaled, "_multiply", PRODUCTS[product])
     check(*shape, dtype)
 
 
@@ -79,23 +86,20 @@ def forget_scale(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor
     return quantize(x, dtype)[0], torch.ones(())
 
 
-def not_transposed(a: Tensor, b: Tensor, **scales: Any) -> Tensor:
-    return MULTIPLY(a, b.t().contiguous() if a.shape == b.shape else b, **scales)
+def not_transposed(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    return scaled.multiply_fp32(one, (other[0].t(), other[1]), dtype)
 
 
 def gradient_in_e4m3(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
     return quantize(x, E4M3)
 
 
-MULTIPLY = torch._scaled_mm
-
-
 @pytest.mark.parametrize(
-    ("where", "name", "fault"),
-    [(scaled, "quantize", forget_scale), (torch, "_scaled_mm", not_transposed), (scaled, "quantize", gradient_in_e4m3)],
+    ("name", "fault"),
+    [("quantize", forget_scale), ("_multiply", not_transposed), ("quantize", gradient_in_e4m3)],
 )
-def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, fault: Any) -> None:
+def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch, name: str, fault: Any) -> None:
     check(64, 64, 64, torch.float32)
-    monkeypatch.setattr(where, name, fault)
+    monkeypatch.setattr(scaled, name, fault)
     with pytest.raises(AssertionError):
         check(64, 64, 64, torch.float32)
