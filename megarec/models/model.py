@@ -63,7 +63,7 @@ class RecModel(nn.Module):
         self.slices, self.attention = parts.slices, parts.attention
         self.inner_rows, self.outer_rows = parts.inner_rows, parts.outer_rows
         self.enter_blocks, self.leave_blocks = parts.enter_blocks, parts.leave_blocks
-        self.run_block = parts.run_block
+        self.run_block, self.around_blocks = parts.run_block, parts.around_blocks
         self.input_map = (
             parts.linear(table_width, width, bias=False, std=table_width**-0.5)
             if stage.first and table_width != width
@@ -113,8 +113,9 @@ class RecModel(nn.Module):
         """
         tokens = self._tokens(events)
         x = self._begin(events, tokens, lookup) if received is None else received
-        for block in self.blocks.values():
-            x = self.run_block(block, x, tokens)
+        with self.around_blocks():
+            for block in self.blocks.values():
+                x = self.run_block(block, x, tokens)
         return self._end(x, tokens) if self.stage.last else x
 
     def next_item_query(self, states: Tensor, events: Events, lookup: Lookup) -> Tensor:

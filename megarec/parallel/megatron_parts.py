@@ -64,7 +64,7 @@ class ColumnLinear(ColumnParallelLinear):
             bias=bias,
             gather_output=False,
         )
-        rows = partial(_place_piece, split_dim=0, groups=groups)
+        rows = partial(place_piece, split_dim=0, groups=groups)
         rows(self.weight, (out_width, in_width), Init(kind="normal", std=std))
         if bias:
             rows(self.bias, (out_width,), Init(kind="uniform", bound=bias_bound))
@@ -97,24 +97,28 @@ class RowLinear(RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
         )
-        _place_piece(self.weight, (out_width, in_width), Init(kind="normal", std=std), split_dim=1, groups=groups)
+        place_piece(self.weight, (out_width, in_width), Init(kind="normal", std=std), split_dim=1, groups=groups)
         if bias:
-            sums = ("tp",) if config.sequence_parallel else ()
-            init = Init(kind="uniform", bound=bias_bound)
-            whole = Placement(global_shape=(out_width,), replicated_over=("tp", "dp"), grad_sum_over=sums, init=init)
-            place(self.bias, whole)
-            with torch.no_grad():
-                self.bias.zero_()
+            place_row_bias(self.bias, Init(kind="uniform", bound=bias_bound), config)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, local_in_width]` to `[*, out_width]`."""
         return super().forward(x)[0]
 
 
-def _place_piece(
+def place_piece(
     parameter: nn.Parameter, shape: tuple[int, ...], init: Init, *, split_dim: int, groups: ParallelGroups
 ) -> None:
+    """Says which piece of a parameter of `shape` this rank's one is, and sets it to 0: it comes uninitialised."""
     offset = groups.tensor.rank * parameter.shape[split_dim]
     place(parameter, Placement(global_shape=shape, split_dim=split_dim, offset=offset, init=init))
     with torch.no_grad():
-        parameter.zero_()  # Megatron-Core leaves it uninitialised
+        parameter.zero_()
+
+
+def place_row_bias(bias: nn.Parameter, init: Init, config: TransformerConfig) -> None:
+    """As `place_piece`, for what is added to a sum over ranks: with sequence parallelism, to a slice of its tokens."""
+    sums = ("tp",) if config.sequence_parallel else ()
+    place(bias, Placement(global_shape=tuple(bias.shape), replicated_over=("tp", "dp"), grad_sum_over=sums, init=init))
+    with torch.no_grad():
+        bias.zero_()

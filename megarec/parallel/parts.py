@@ -10,6 +10,7 @@ latter always. Attention sees all tokens, whoever holds them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,6 +99,7 @@ class Parts:
         run_attention: how a block runs the half of it that ends with attention: at once, or in the backward pass again.
         run_block: likewise the whole block.
         gather_over_heads: `[T, *]` of all tensor-parallel ranks, `[tp_size, T, *]`; gradients are summed over ranks.
+        around_blocks: makes the context in which the blocks of a pack run.
         sequence_parallel: whether blocks take and give slices of the tokens.
         tp_size: the number of tensor-parallel ranks.
         tp_rank: which of them this one is.
@@ -117,6 +119,7 @@ class Parts:
     run_attention: Run = run_once
     run_block: Run = run_once
     gather_over_heads: Callable[[Tensor], Tensor] = lambda x: x.unsqueeze(0)
+    around_blocks: Callable[[], AbstractContextManager[Any]] = nullcontext
     sequence_parallel: bool = False
     tp_size: int = 1
     tp_rank: int = 0

@@ -21,7 +21,7 @@ from megarec.models.shape import InputShape, input_shape
 from megarec.optim.dense import DenseOptimizer
 from megarec.optim.schedule import learning_rate
 from megarec.parallel.engine import transformer_config, wrap_ddp
-from megarec.parallel.filling import dense_dtype, make_parts
+from megarec.parallel.fp8.filling import dense_dtype, make_parts
 from megarec.parallel.groups import ParallelGroups
 from megarec.parallel.placement import initialize
 from megarec.parallel.stages import balance_layers, cut_into_stages

@@ -12,7 +12,7 @@ from torch import Tensor
 from megarec.base.files import new_file
 from megarec.base.progress import say
 from megarec.parallel.broadcast import gather_objects
-from megarec.parallel.filling import dense_dtype
+from megarec.parallel.fp8.filling import dense_dtype
 from megarec.parallel.placement import count_weights
 from megarec.train.hooks.hook import Hook
 from megarec.train.hooks.meter import Meter, Throughput, measure_matmul_peak, memory_bytes
