@@ -26,7 +26,8 @@ class DenseOptimizer:
 
     Weights in bf16 are updated through an fp32 copy. Parameters with one dimension are not decayed. With
     `layout.zero1` each of the ranks that hold equal weights keeps the moments (and fp32 copies) of a share of them,
-    updates it and sends it to the others.
+    updates it and sends it to the others. Megatron-Core takes the fused AdamW of Transformer Engine or Apex where
+    there is one, else torch's.
 
     Args:
         groups: who takes part.
@@ -63,16 +64,14 @@ class DenseOptimizer:
         for group in self._megatron.param_groups:  # Megatron-Core leaves this to its own scheduler
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         self._adam: torch.optim.Optimizer = self._megatron.optimizer
-        if not isinstance(self._adam, torch.optim.AdamW):  # Apex and Transformer Engine count steps elsewhere
-            raise AssertionError(f"Megatron-Core chose {type(self._adam)}; only torch's AdamW is known here")
+        self._is_fused = type(self._adam).__name__ == "FusedAdam"
+        if not self._is_fused and not isinstance(self._adam, torch.optim.AdamW):
+            raise AssertionError(f"Megatron-Core chose {type(self._adam)}, which is not known here")
         self._shares = [share for chunk in chunks for share in self._shares_of(chunk)]
         self.kinds = ("exp_avg", "exp_avg_sq", *(("main",) if dtype == torch.bfloat16 else ()))
         for share in self._shares:
-            self._adam.state[share.weight] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(share.weight),
-                "exp_avg_sq": torch.zeros_like(share.weight),
-            }
+            moments = {kind: torch.zeros_like(share.weight) for kind in ("exp_avg", "exp_avg_sq")}
+            self._adam.state[share.weight] = moments if self._is_fused else {"step": torch.zeros(()), **moments}
 
     @torch.no_grad()
     def prepare_grads(self) -> None:
@@ -119,6 +118,8 @@ class DenseOptimizer:
     @property
     def num_updates(self) -> float:
         """How often the weights were updated."""
+        if self._is_fused:  # counts in its groups, but not in those that are empty on this rank
+            return float(max(group.get("step", 0) for group in self._adam.param_groups))
         return float(self._adam.state[self._shares[0].weight]["step"]) if self._shares else 0.0
 
     @torch.no_grad()
@@ -152,8 +153,11 @@ class DenseOptimizer:
             KeyError: a piece is missing.
         """
         self.reload_weights()
+        for group in self._adam.param_groups if self._is_fused else ():
+            group["step"] = int(num_updates)
         for share in self._shares:
-            self._adam.state[share.weight]["step"].fill_(num_updates)
+            if not self._is_fused:
+                self._adam.state[share.weight]["step"].fill_(num_updates)
             for kind in self.kinds:
                 piece = pieces[f"{share.placement.global_name}/{kind}"].to(share.weight.device)
                 self._state(share, kind).copy_(share.part_of(piece))
