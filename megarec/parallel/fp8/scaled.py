@@ -40,7 +40,8 @@ def quantize(x: Tensor, dtype: torch.dtype, reduce_amax: ReduceAmax = keep_amax)
     finfo = torch.finfo(dtype)
     amax = reduce_amax(x.detach().abs().amax().float())
     largest_scale = torch.finfo(torch.float32).max / 4  # so that its inverse is a number too
-    scale = torch.where(amax == 0, 1.0, finfo.max / amax).clamp(max=largest_scale)
+    largest = torch.full_like(amax, finfo.max)  # a number over a tensor would be its reciprocal times the number
+    scale = torch.where(amax == 0, 1.0, largest / amax).clamp(max=largest_scale)
     return (x.float() * scale).clamp(finfo.min, finfo.max).to(dtype), 1.0 / scale
 
 

@@ -15,14 +15,14 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() * scale).to(dtype).double() / scale.double()
 
 
-def assert_product(found: Tensor, one: Tensor, other: Tensor, *, dtype: torch.dtype) -> None:
+def assert_product(found: Tensor, one: Tensor, other: Tensor, *, dtype: torch.dtype, unit: float = U32) -> None:
     """`found` is `one @ other` summed in fp32 in any order, times two scales, rounded to `dtype` once.
 
     A sum of K terms in fp32 errs by at most K u times the sum of magnitudes (u = 2^-24; the products of FP8 numbers are
     exact in fp32). The inverses of two scales and two products with them err by u each, the result by u of `dtype`;
-    one u more for what is of second order.
+    one u more for what is of second order. `unit` is another u, where the sum is not in fp32.
     """
     exact, magnitude = one @ other, one.abs() @ other.abs()
-    bound = (one.shape[1] + 5) * U32 * magnitude + UNIT[dtype] * (exact.abs() + (one.shape[1] + 5) * U32 * magnitude)
+    bound = (one.shape[1] + 5) * unit * magnitude + UNIT[dtype] * (exact.abs() + (one.shape[1] + 5) * unit * magnitude)
     assert found.dtype == dtype
     assert ((found.double() - exact).abs() <= bound).all()

@@ -49,6 +49,13 @@ def test_eight_bits_keep_each_number_within_half_a_gap(dtype: torch.dtype, half_
     assert float(x8.double().abs().max()) == LARGEST[dtype]  # the whole range is used
 
 
+def test_a_scale_is_the_quotient_itself() -> None:
+    """Not the reciprocal times the number, which is another in the last bit as often as not and rounds other ways."""
+    for amax in torch.rand(200, generator=torch.Generator().manual_seed(1)):
+        _, inverse = quantize(amax[None], E4M3)
+        assert inverse == 1.0 / torch.tensor(448.0 / float(amax)), amax
+
+
 def test_of_nothing_comes_nothing() -> None:
     x, weight = torch.zeros(16, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
     y = scaled_product(x, weight)
