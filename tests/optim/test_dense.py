@@ -30,7 +30,7 @@ def rate(step: int) -> float:
 
 
 def update(groups, wrapped, optimizer: DenseOptimizer, step: int) -> float:
-    packs = packs_of(step)
+    packs = [{name: x.to(groups.device) for name, x in pack.items()} for pack in packs_of(step)]
     total = sum(int(pack["valid"].sum()) for pack in packs)
     mine = packs[groups.data.rank :: groups.data.size]
     model = wrapped[0].module.module
