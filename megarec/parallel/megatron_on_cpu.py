@@ -2,7 +2,8 @@
 
 An import hook rewrites the syntax tree of every `megatron.core` module that names CUDA: `torch.cuda` becomes a
 stand-in for the CPU, `device="cuda"` becomes `device="cpu"`, `x.cuda()` becomes `x.cpu()` and the type name
-`torch.cuda.FloatTensor` becomes `torch.FloatTensor`. Torch itself stays as it is, for Megatron-Core and for
+`torch.cuda.FloatTensor` becomes `torch.FloatTensor`. Fused optimizers, which need CUDA, cannot be imported there. Torch
+itself stays as it is, for Megatron-Core and for
 everybody else. On a machine with CUDA nothing is installed and Megatron-Core runs unmodified.
 """
 
@@ -41,6 +42,11 @@ def rewrite(source: str, path: str) -> ast.Module:
 
 
 class _Rewriter(ast.NodeTransformer):
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        if node.module not in ("transformer_engine.pytorch.optimizers", "apex.optimizers"):
+            return node
+        return ast.copy_location(ast.Raise(ast.Name("ImportError", ast.Load())), node)
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
             return ast.copy_location(ast.Name(_STAND_IN, ast.Load()), node)
@@ -102,7 +108,7 @@ class _CpuInPlaceOfCuda:
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType | None:
         source = self.get_data(self.path).decode()
-        if "cuda" not in source:
+        if "cuda" not in source and ".optimizers" not in source:
             return super().get_code(fullname)
         return compile(rewrite(source, self.path), self.path, "exec", dont_inherit=True)
 

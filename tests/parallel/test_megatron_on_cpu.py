@@ -1,7 +1,9 @@
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -50,6 +52,27 @@ z = y.type() == "torch.cuda.FloatTensor"
     namespace = {"torch": torch}
     exec(compile(tree, "made_up.py", "exec"), namespace)
     assert namespace["z"]
+
+
+@pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed")
+def test_a_fused_optimizer_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("transformer_engine.pytorch", "apex"):
+        optimizers = ModuleType(f"{package}.optimizers")
+        optimizers.FusedAdam = optimizers.FusedSGD = None
+        monkeypatch.setitem(sys.modules, optimizers.__name__, optimizers)
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    for name, choice, fused in (
+        ("", "USING_PYTORCH_OPTIMIZER", False),
+        (".distrib_optimizer", "HAVE_APEX_OR_TE", True),
+    ):
+        source = Path(sys.modules[f"megatron.core.optimizer{name}"].__file__).read_text()
+        part = source[source.index("try:\n    from transformer_engine") :]
+        part = part[: part.index("\nfrom ")]
+        for tree, chosen in ((ast.parse(part), fused), (rewrite(part, "part.py"), not fused)):
+            namespace = {"warnings": warnings, "HAVE_APEX_OR_TE": True}
+            exec(compile(tree, "part.py", "exec"), namespace)
+            assert namespace[choice] is chosen
 
 
 def test_installing_twice_changes_nothing() -> None:
