@@ -5,13 +5,21 @@ Without CUDA the import hook has to be there before the first module of Megatron
 
 import warnings
 
+from megarec.base.errors import UserError
 from megarec.parallel.megatron_on_cpu import install
 
 # It warns of every optional package it goes without; what matters to a user is said by our own checks.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 install()
 
-from megatron.core import parallel_state  # noqa: E402
+try:
+    from megatron.core import parallel_state
+except (RuntimeError, OSError) as error:  # an ImportError of what it can go without is its own business
+    raise UserError(
+        f"Megatron-Core cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+        where="installation",
+        fix="A broken Transformer Engine does this: install the whole of it, or pip uninstall transformer-engine",
+    ) from error
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,

@@ -1,4 +1,5 @@
 import ast
+import os
 import subprocess
 import sys
 import warnings
@@ -52,6 +53,27 @@ z = y.type() == "torch.cuda.FloatTensor"
     namespace = {"torch": torch}
     exec(compile(tree, "made_up.py", "exec"), namespace)
     assert namespace["z"]
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('Found empty meta package')", "OSError('libcuda.so is missing')"])
+def test_a_broken_transformer_engine_is_said_in_a_line(tmp_path: Path, error: str) -> None:
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise {error}\n")
+    (tmp_path / "data").mkdir()
+    command = [sys.executable, "-m", "megarec.cli.train", f"data={tmp_path / 'data'}", "experiment=quickstart"]
+    search = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [*command, f"run_dir={tmp_path / 'run'}"],
+        check=False,
+        env={**os.environ, "PYTHONPATH": search},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pip uninstall transformer-engine" in done.stderr
+    assert error.split("'")[1] in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:Transformer Engine and Apex are not installed")
