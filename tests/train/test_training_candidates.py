@@ -155,11 +155,9 @@ def test_each_candidate_is_asked_alone(dataset: Dataset, name: str) -> None:
         torch.testing.assert_close(sums[head], total.detach(), rtol=1e-11, atol=1e-12)
     mine = torch.autograd.grad(loss, world.weights, allow_unused=True)
     wanted = torch.autograd.grad(torch.stack(list(alone.values())).sum(), world.weights, allow_unused=True)
-    for one, other in zip(mine, wanted, strict=True):
-        zero = torch.zeros((), dtype=torch.float64)
-        torch.testing.assert_close(
-            one if one is not None else zero, other if other is not None else zero, rtol=1e-9, atol=1e-10
-        )
+    for weight, one, other in zip(world.weights, mine, wanted, strict=True):
+        one, other = (torch.zeros_like(weight) if x is None else x for x in (one, other))  # heads without a loss
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def _no_candidates(batch: PackBatch) -> None:
