@@ -97,7 +97,8 @@ class DenseOptimizer:
     @torch.no_grad()
     def scale_grads(self, coefficient: float | Tensor) -> None:
         """Multiplies every gradient by `coefficient`."""
-        torch._foreach_mul_([_gradient(share.weight) for share in self._shares], coefficient)
+        if self._shares:  # with ZeRO-1 a rank may have none
+            torch._foreach_mul_([_gradient(share.weight) for share in self._shares], coefficient)
 
     def step(self, learning_rate: float) -> None:
         """Updates the weights."""

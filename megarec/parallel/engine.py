@@ -165,6 +165,8 @@ def finalize(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) 
             for parameter, placement in placements(chunk)
             if "tp" in placement.grad_sum_over
         ]
+        if not partial:  # a stage between the first and the last may have none, on all its tensor-parallel ranks alike
+            return
         flat = torch._utils._flatten_dense_tensors(partial)
         dist.all_reduce(flat, group=groups.tensor.process_group)
         torch._foreach_copy_(partial, list(torch._utils._unflatten_dense_tensors(flat, partial)))

@@ -12,6 +12,7 @@ from megarec.parallel.groups import ProcessInfo, start
 from megarec.parallel.layout import LayoutConfig
 from megarec.parallel.megatron_parts import megatron_parts
 from megarec.parallel.parts import local_parts
+from megarec.parallel.placement import name_parameters
 from tests.parallel.tiny_model import HEADS, WIDTH, TinyModel, loss_of, packs_of
 from tests.ranks import run_ranks
 
@@ -105,6 +106,27 @@ def test_equals_torch_adamw(world: int, dtype: torch.dtype, tolerance: float, ze
             for moment in ("exp_avg", "exp_avg_sq") if pieces else ():
                 got = pieces[f"{name}/{moment}"]
                 torch.testing.assert_close(got, want_state[name][moment], rtol=0, atol=tolerance, msg=name)
+
+
+def test_a_rank_with_no_share_of_a_tiny_model_goes_along() -> None:
+    def update_once(process: ProcessInfo) -> Tensor:
+        groups = start(LayoutConfig(zero1=True, overlap=False), process)
+        config = transformer_config(groups.layout, width=WIDTH, num_heads=HEADS, dtype=torch.float32)
+        model = megatron_parts(groups, config).linear(2, 2, bias=False, std=1.0)
+        name_parameters(model)
+        wrapped = wrap_ddp(groups, [model], config)
+        optimizer = DenseOptimizer(groups, wrapped, SETTINGS)
+        optimizer.zero()
+        model.weight.main_grad.fill_(1.0)
+        finalize(wrapped, groups)
+        optimizer.prepare_grads()
+        assert optimizer.square_norm().item() == pytest.approx(4 * 2.0**2)
+        optimizer.scale_grads(0.5)
+        optimizer.step(0.05)
+        return model.weight.detach().clone()
+
+    for weight in run_ranks(update_once, 2):
+        torch.testing.assert_close(weight, torch.full((2, 2), -0.05))  # AdamW's first step is the sign of the gradient
 
 
 def test_tensor_parallel_norm_counts_every_weight_once() -> None:
