@@ -17,7 +17,7 @@ def name_nearest(
     layouts = nearest_layouts(wanted, fits, world=world, num_layers=num_layers)
     if not layouts:
         return error
-    named = "; ".join(describe(layout) for layout in layouts)
+    named = "; ".join(describe(layout, wanted) for layout in layouts)
     works = f"Nearest layouts that work on {world} rank{'' if world == 1 else 's'}: {named}"
     return UserError(error.what, where=error.where, fix=f"{error.fix}. {works}" if error.fix else works)
 
@@ -61,12 +61,20 @@ def nearest_layouts(
     return found
 
 
-def describe(layout: LayoutConfig) -> str:
-    """The sizes that are not 1, as a user types them: `tensor=2 pipeline=2`; `tensor=1` when all are."""
+def describe(layout: LayoutConfig, wanted: LayoutConfig) -> str:
+    """The sizes that are not 1, as a user types them: `tensor=2 pipeline=2`; `tensor=1` when all are.
+
+    What was `wanted` and has to go is named too: `virtual=null`.
+    """
     sizes = {name: getattr(layout, name) for name in ("tensor", "pipeline", "context")}
     parts = [f"{name}={size}" for name, size in sizes.items() if size > 1] or ["tensor=1"]
     if layout.virtual is not None:
         parts.append(f"virtual={layout.virtual}")
+    parts += [
+        f"{name}=null"
+        for name in ("virtual", "layers_per_chunk")
+        if getattr(wanted, name) is not None and getattr(layout, name) is None
+    ]
     if layout.sequence_parallel:
         parts.append("sequence_parallel=true")
     return " ".join(parts)
