@@ -58,6 +58,13 @@ def test_the_highest_metric_wins_and_is_remembered(tmp_path: Path) -> None:
     assert kept == ["step-00000004", "step-00000010"]
 
 
+def test_a_best_checkpoint_that_was_not_named_yet_is_named(tmp_path: Path) -> None:
+    write_world(tmp_path / "data", num_users=60)
+    assert best_of_run(tmp_path, num_steps=4, num_ranks=2) == "step-00000004"
+    (tmp_path / "run" / "checkpoints" / "best").unlink()  # as after a kill in between
+    assert best_of_run(tmp_path, num_steps=6) == "step-00000004"
+
+
 RULES: list[dict[str, Any]] = [
     {"protocol": {"filter_seen": "full"}},
     {"protocol": {"max_history_events": 5}},

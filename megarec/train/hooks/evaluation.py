@@ -43,7 +43,7 @@ class EvaluationHook(Hook):
 
     def start(self, trainer: Trainer) -> None:
         """Drops evaluations of steps that will be taken again and finds the best of the others."""
-        metric = trainer.config.checkpoint.keep_best
+        metric, best_step = trainer.config.checkpoint.keep_best, 0
         path = self._run_dir / "evaluations.jsonl"
         if trainer.groups.world.rank == 0:
             keep_until(path, trainer.step)
@@ -53,9 +53,12 @@ class EvaluationHook(Hook):
                 # what other rules measured does not compare
                 rules = _rules(trainer.config).items()
                 records = read_records(path)
-                done = [r["metrics"] for r in records if all(r.get(key, value) == value for key, value in rules)]
-                self._best = max((metrics.get(metric, self._best) for metrics in done), default=self._best)
-        self._best = broadcast_object(self._best, trainer.groups.world)
+                done = [r for r in records if all(r.get(key, value) == value for key, value in rules)]
+                scores = [(r["metrics"][metric], -r["step"]) for r in done if metric in r["metrics"]]
+                self._best, best_step = max(scores, default=(self._best, 0))
+        self._best, best_step = broadcast_object((self._best, best_step), trainer.groups.world)
+        if best_step and -best_step == trainer.step:  # killed before it was named
+            self._writer.mark_best(trainer.step)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluates when it is due."""
