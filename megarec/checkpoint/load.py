@@ -39,10 +39,6 @@ class Checkpoint:
         """The names of all tensors in it."""
         return sorted(self._saved)
 
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        """The global shape of one tensor."""
-        return self._entries(name)[0][1].global_shape
-
     def read_whole(self, name: str) -> Tensor:
         """One whole tensor, in the dtype it was saved in."""
         file, saved = self._entries(name)[0]

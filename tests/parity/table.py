@@ -193,3 +193,25 @@ TABLE = [
     for switches in (SWITCHES if layout in EVERY_SWITCH else CROSSED)
     if not ("ring" in layout and switches == "sasrec")  # which drops attention probabilities
 ]
+
+# Rows whose loss curves are compared, in fp32 with Adam and in bf16; Megatron-Core's ZeRO-1 refuses fp64.
+CURVES = [
+    Row(layout="tp2 sp", switches="argus and hstu", isolates="Adam and bf16 on pieces of weights"),
+    Row(layout="dp2 zero1", switches="argus and hstu", isolates="shares of the optimizer state, the norm over shares"),
+    *(
+        Row(layout=layout, switches="argus and hstu", isolates=isolates, slow=True)
+        for layout, isolates in {
+            "cp2": "bf16 that travels by heads",
+            "ring2": "bf16 keys whose gradients travel in fp32",
+            "pp2 vp2": "bf16 between stages",
+            "dp2": "gradients of bf16 weights summed in fp32",
+            "tp2": "the same weights on ranks that round alike",
+            "tp4": "one head a rank",
+            "pp4": "middle stages",
+            "tp2 cp2": "both ways of sharing a pack",
+            "tp2 dp2 zero1": "shares of pieces",
+            "cp2 dp2 zero1": "shares over data and context ranks together",
+            "tp2 sp pp2 dp2 zero1": "all groups at once, 8 processes",
+        }.items()
+    ),
+]

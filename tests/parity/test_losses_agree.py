@@ -7,46 +7,32 @@ import pytest
 from megarec.base.config import build, plain
 from megarec.train.config import TrainConfig
 from tests.parity.layout_runs import make_run, train_losses, with_layout
-from tests.parity.table import LAYOUTS
+from tests.parity.table import CURVES, LAYOUTS, Row
 from tests.ranks import run_ranks
 
 SETTINGS = {"num_steps": 20, "tables": {}, "optimizer": {}}
-FAST = ("tp2 sp", "dp2 zero1")
-OTHERS = (
-    "cp2",
-    "pp2 vp2",
-    "dp2",
-    "ring2",
-    "tp2",
-    "tp4",
-    "pp4",
-    "tp2 cp2",
-    "tp2 dp2 zero1",
-    "cp2 dp2 zero1",
-    "tp2 sp pp2 dp2 zero1",
-)
-CURVES = [pytest.param(name, marks=[pytest.mark.slow] if name in OTHERS else [], id=name) for name in (*FAST, *OTHERS)]
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] if row.slow else [], id=row.layout) for row in CURVES]
 
 
-@pytest.mark.parametrize("layout", CURVES)
+@pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("switches", ["argus", "hstu"])
-def test_fp32_losses_with_adam(parity_data: Path, switches: str, layout: str) -> None:
-    config = make_run(parity_data, layout, switches, **SETTINGS)
+def test_fp32_losses_with_adam(parity_data: Path, switches: str, row: Row) -> None:
+    config = make_run(parity_data, row.layout, switches, **SETTINGS)
     (one,) = run_ranks(train_losses, 1, with_layout(config, {}))
-    ranks = run_ranks(train_losses, LAYOUTS[layout].world, config)
+    ranks = run_ranks(train_losses, LAYOUTS[row.layout].world, config)
     assert len(one) == 60
     for a, b in zip(one, ranks[0], strict=True):
-        assert abs(a - b) <= 1e-6 * max(1.0, abs(a))
+        assert abs(a - b) <= 1e-6 * max(1.0, abs(a)), row.isolates
 
 
-@pytest.mark.parametrize("layout", CURVES)
-def test_bf16_stays_close_to_fp32(parity_data: Path, layout: str) -> None:
-    fp32 = make_run(parity_data, layout, "argus", **SETTINGS)
+@pytest.mark.parametrize("row", ROWS)
+def test_bf16_stays_close_to_fp32(parity_data: Path, row: Row) -> None:
+    fp32 = make_run(parity_data, row.layout, "argus", **SETTINGS)
     bf16 = build(TrainConfig, {**plain(fp32), "precision": "bf16"})
     (exact,) = run_ranks(train_losses, 1, with_layout(fp32, {}))
     (one,) = run_ranks(train_losses, 1, with_layout(bf16, {}))
-    ranks = run_ranks(train_losses, LAYOUTS[layout].world, bf16)
+    ranks = run_ranks(train_losses, LAYOUTS[row.layout].world, bf16)
     error_one = max(abs(a - b) for a, b in zip(exact, one, strict=True))
     error = max(abs(a - b) for a, b in zip(exact, ranks[0], strict=True))
     assert 0 < error_one < 0.2
-    assert error <= 2 * error_one
+    assert error <= 2 * error_one, row.isolates
