@@ -197,13 +197,15 @@ TABLE = [
 # Rows whose loss curves are compared, in fp32 with Adam and in bf16; Megatron-Core's ZeRO-1 refuses fp64.
 CURVES = [
     Row(layout="tp2 sp", switches="argus and hstu", isolates="Adam and bf16 on pieces of weights"),
+    Row(
+        layout="pp2 vp2", switches="argus and hstu", isolates="bf16 between stages, losses that the last one tells all"
+    ),
     Row(layout="dp2 zero1", switches="argus and hstu", isolates="shares of the optimizer state, the norm over shares"),
     *(
         Row(layout=layout, switches="argus and hstu", isolates=isolates, slow=True)
         for layout, isolates in {
             "cp2": "bf16 that travels by heads",
             "ring2": "bf16 keys whose gradients travel in fp32",
-            "pp2 vp2": "bf16 between stages",
             "dp2": "gradients of bf16 weights summed in fp32",
             "tp2": "the same weights on ranks that round alike",
             "tp4": "one head a rank",
