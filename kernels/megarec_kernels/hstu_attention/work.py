@@ -1,0 +1,204 @@
+"""What the Triton kernels are launched with, made once per pack: programs in a good order, and times as cells."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megarec_kernels.hstu_attention.blocks import Blocks
+from megarec_kernels.hstu_attention.reference import time_bucket
+from megarec_kernels.visibility import Visibility
+
+FARTHEST = (1 << 30) - 1  # seconds from the first event of a history, 34 years: a difference of two fits in 31 bits
+NUM_CELLS = 249  # cells of [1, 2^31]: eighths of octaves
+NEVER = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTimes:
+    """The times of a pack as the kernels take them, from which they find the bucket of any pair.
+
+    Attributes:
+        num_buckets: the last bucket.
+        cells: `time_cells(num_buckets)`.
+        asked: `[T]` int32, when the query at that token asks, in seconds from the first event of its history.
+        happened: `[T]` int32, when the event happened, likewise.
+    """
+
+    num_buckets: int
+    cells: Tensor
+    asked: Tensor
+    happened: Tensor
+
+
+class Work:
+    """What the kernels read besides `q`, `k`, `v` and the biases; made once per pack and shared by all layers.
+
+    Args:
+        cu_seqlens: `[B + 1]`, where each history begins.
+        device: where the kernels run.
+        times: the table of `time_cells` and both times of every token from `relative_times`; None without a time bias.
+        visibility: which tokens a token sees; None: all before it.
+
+    Attributes:
+        num_tokens: of all histories; those behind are dead.
+        max_length: of a history.
+        num_places: one more than the greatest distance between two tokens.
+        tasks: a tensor to be passed for one that is not read.
+        cells: the table by which times find their bucket, or None.
+        token_facts: `[T]` int32 on the device, or None where not needed: when it asks, when it happened, and
+            `seen_before`, `group_first`, `place` of the visibility.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, *, device: torch.device, times: PairTimes | None, visibility: Visibility | None
+    ) -> None:
+        self.bounds: list[int] = cu_seqlens.tolist()
+        self.device = device
+        self.visibility = visibility
+        self.num_tokens = self.bounds[-1]
+        self.max_length = max((b - a for a, b in pairwise(self.bounds)), default=0)
+        self.cells = None if times is None else times.cells
+        self.num_places = self.max_length
+        seen = None, None, None
+        if visibility is not None:
+            places = visibility.place[: self.num_tokens]
+            self.num_places = max(self.max_length, int(places.max()) + 1 if len(places) else 0)
+            seen = tuple(x.int() for x in (visibility.seen_before, visibility.group_first, visibility.place))
+        self.seen_before = seen[0]
+        self.token_facts = (None, None, *seen) if times is None else (times.asked, times.happened, *seen)
+        self.tasks = torch.zeros(1, dtype=torch.int64, device=device)
+        self._made: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def tasks_of_queries(self, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """One row per block of queries (`order_tasks`), and how many first tokens of its history are plain, if asked."""
+        return self._once("queries", num_heads, blocks)
+
+    def tasks_of_keys(self, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """One row per block of keys, and with a visibility likewise, and which queries see it (`reach_of_keys`)."""
+        return self._once("keys", num_heads, blocks)
+
+    def _once(self, kind: str, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        key = kind, num_heads, blocks.rows, blocks.keys
+        if key not in self._made:
+            self._made[key] = self._make(kind, num_heads, blocks)
+        return self._made[key]
+
+    def _make(self, kind: str, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        over_queries = kind == "queries"
+        block = blocks.rows if over_queries else blocks.keys
+        tasks = order_tasks(self.bounds, num_heads=num_heads, block=block, last_first=over_queries)
+        spans = torch.zeros(1, dtype=torch.int64)
+        if self.visibility is not None:
+            spans = torch.zeros(len(tasks), 5, dtype=torch.int64)
+            history = torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
+            spans[:, 0] = plain_until(self.bounds, self.visibility)[history]
+            if not over_queries:
+                spans[:, 1:] = reach_of_keys(tasks, self.visibility, block=block, rows=blocks.rows)
+        return tasks.to(self.device), spans.to(self.device)
+
+
+def order_tasks(cu_seqlens: list[int], *, num_heads: int, block: int, last_first: bool) -> Tensor:
+    """One row (first token of the history, its length, number of the block, head) per program, int64, on the CPU.
+
+    Longest histories come first, so that the last programs to start are short ones. The blocks of one head of one
+    history are neighbours, so that they find each other's rows in the cache; those with most pairs start first: the
+    last blocks of queries, the first blocks of keys.
+    """
+    starts = torch.tensor(cu_seqlens)
+    lengths = starts.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    blocks = (lengths[order] + block - 1) // block
+    user = torch.repeat_interleave(blocks * num_heads)
+    within = torch.arange(len(user)) - ((blocks * num_heads).cumsum(0) - blocks * num_heads)[user]
+    head, number = within // blocks[user], within % blocks[user]
+    if last_first:
+        number = blocks[user] - 1 - number
+    return torch.stack([starts[order][user], lengths[order][user], number, head], dim=1)
+
+
+def time_cells(num_buckets: int) -> Tensor:
+    """The table by which a kernel finds the bucket of up to 2^31 - 2 seconds without a logarithm, `[NUM_CELLS]` int64.
+
+    A cell holds the whole numbers whose fp32 forms share the exponent and the first three bits behind it. It is
+    narrower than a bucket, so at most one bucket begins inside it. An entry is the bucket of the cell's least number,
+    and, shifted by 32 bits, the number at which the next one begins.
+    """
+    edge = torch.arange(NUM_CELLS, dtype=torch.int32).add_(127 << 3).bitwise_left_shift_(20).view(torch.float32)
+    # Numbers a little below an edge round up to it, by at most half of 128 below 2^31.
+    near = edge.double().ceil().long()[:, None] + torch.arange(-64, 1)
+    belongs = near.float() >= edge[:, None]
+    least = torch.where(belongs, near, NEVER).amin(dim=1)
+    bucket = time_bucket(least, num_buckets)
+    begins = (0.301 * torch.arange(1, num_buckets + 2, dtype=torch.float64)).exp().clamp(max=2.0**32)
+    near = begins.long()[:, None] + torch.arange(-2, 3)  # the logarithm of a whole number may round either way
+    reached = time_bucket(near, num_buckets + 1) >= torch.arange(1, num_buckets + 2)[:, None]
+    begins = torch.where(reached, near, 1 << 40).amin(dim=1).clamp(max=NEVER)
+    following = torch.where(bucket < num_buckets, begins[bucket.clamp(max=num_buckets)], NEVER)
+    return bucket | (following << 32)
+
+
+def pair_times(cu_seqlens: Tensor, timestamp: Tensor, query_timestamp: Tensor, *, num_buckets: int) -> PairTimes:
+    """Both times in seconds from the first event of their history; dead tokens get 0.
+
+    Raises:
+        ValueError: a history spans more than 34 years.
+    """
+    num_tokens = int(cu_seqlens[-1])
+    first = timestamp[cu_seqlens[:-1].clamp(max=max(num_tokens - 1, 0))] if num_tokens else timestamp[:0]
+    history = torch.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    relative = []
+    for value in (query_timestamp, timestamp):
+        seconds = torch.zeros_like(value)
+        seconds[:num_tokens] = value[:num_tokens] - first[history]
+        relative.append(seconds)
+    if num_tokens and max(int(seconds.abs().max()) for seconds in relative) > FARTHEST:
+        raise ValueError("timestamp: a history spans more than 2^30 seconds, 34 years; are they milliseconds?")
+    asked, happened = (seconds.int() for seconds in relative)
+    cells = time_cells(num_buckets).to(timestamp.device)
+    return PairTimes(num_buckets=num_buckets, cells=cells, asked=asked, happened=happened)
+
+
+def reach_of_keys(tasks: Tensor, visibility: Visibility, *, block: int, rows: int) -> Tensor:
+    """Which queries see keys of each task's block, as bounds (begin, end, begin, end) in rows, `[W, 4]` on the CPU.
+
+    The first pair are queries before the block's first key, the second the others. Bounds are whole blocks of `rows`
+    queries, and there may be blocks between that see nothing: a mask does the rest.
+
+    Args:
+        tasks: of blocks of keys, from `order_tasks`, of one head.
+        visibility: of the pack.
+        block: keys of a block.
+        rows: queries of a block.
+    """
+    first, length, number = tasks[:, 0], tasks[:, 1], tasks[:, 2]
+    seen_before, group_first = visibility.seen_before.cpu(), visibility.group_first.cpu()
+    num_blocks = (length + rows - 1) // rows
+    task = torch.repeat_interleave(num_blocks)
+    query = (torch.arange(len(task)) - (num_blocks.cumsum(0) - num_blocks)[task]) * rows
+    token = first[task, None] + torch.minimum(query[:, None] + torch.arange(rows), length[task, None] - 1)
+    row = token - first[task, None]
+    key = (number * block)[task, None]
+    sees = (seen_before[token] > key) | ((group_first[token] < key + block) & (row >= key))
+    bounds = []
+    for which in (sees & (row < key), sees & (row >= key)):
+        some = which.any(dim=1)
+        begin = length.clone().scatter_reduce_(0, task, torch.where(some, query, length[task]), "amin")
+        end = torch.zeros_like(length).scatter_reduce_(0, task, torch.where(some, query + rows, 0), "amax")
+        bounds += [torch.minimum(begin, end), torch.minimum(end, length)]
+    # A block of queries that straddles the first key stands in both: the second range leaves it to the first.
+    bounds[2] = torch.maximum(bounds[2], bounds[1])
+    bounds[3] = torch.maximum(bounds[3], bounds[2])
+    return torch.stack(bounds, dim=1)
+
+
+def plain_until(cu_seqlens: list[int], visibility: Visibility) -> Tensor:
+    """Per history, how many of its first tokens have their own number as place and see no later one, `[B]` on the CPU."""
+    place, seen_before = visibility.place.cpu(), visibility.seen_before.cpu()
+    counts = []
+    for first, last in pairwise(cu_seqlens):
+        row = torch.arange(last - first)
+        other = ((place[first:last] != row) | (seen_before[first:last] > row + 1)).nonzero()
+        counts.append(int(other[0]) if len(other) else last - first)
+    return torch.tensor(counts, dtype=torch.int64)
