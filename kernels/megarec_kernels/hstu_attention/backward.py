@@ -2,7 +2,8 @@
 
 Both compute the scores again. That is seven products of a block where one pass would make five, and every gradient is
 summed by one program in one order: no atomics, no locks, the same bits every time. With ATOMIC the pass over keys adds
-to the gradients of queries too, five products, in an order that differs from run to run.
+to the gradients of queries too, five products, in an order that differs from run to run. The gradients of the biases
+have a third pass of two products: what it does with a square of pairs would stop the others' loops.
 """
 
 import triton
@@ -33,58 +34,8 @@ def weigh(scores, FAST: tl.constexpr):
 
 
 @triton.jit
-def collect(
-    grad_scores,
-    pairs,
-    state,
-    sums,
-    apart,
-    plain,
-    GRADS: tl.constexpr,
-    HAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Adds a square of `grad_scores` to the gradients of the biases; `apart` is by how many blocks its sides differ.
-
-    A square has the distances of two blocks of distances: `apart` and the one below. The neighbour that is visited
-    before or after it completes one of the two, which is stored; the other is carried in `state`.
-    """
-    carried, by_bucket = state
-    if GRADS[0]:
-        if plain:
-            upper, lower = diagonal_sums(grad_scores, BLOCK, KEYS_FIRST)
-            if KEYS_FIRST:
-                done, carried, at = carried + lower, upper, apart - 1
-            else:
-                done, carried, at = carried + upper, lower, apart
-            distance = at * BLOCK + tl.arange(0, BLOCK)
-            tl.store(sums[0] + distance, done, mask=distance >= 0)
-        elif HAS[2]:
-            seen = pairs[2] if MASKED else pairs[0] >= 0
-            add_to_distances(sums[0], grad_scores, pairs[0], seen)
-    if GRADS[1]:
-        by_bucket += bucket_sums(grad_scores, pairs[1], by_bucket.shape[0])
-    return carried, by_bucket
-
-
-@triton.jit
-def flush(state, sums, at, plain, GRADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores the block of distances that is still carried when a range of squares ends, and carries nothing."""
-    carried = state[0]
-    if GRADS[0]:
-        if plain:
-            distance = at * BLOCK + tl.arange(0, BLOCK)
-            tl.store(sums[0] + distance, carried, mask=distance >= 0)
-        carried = tl.zeros([BLOCK], dtype=tl.float32)
-    return carried, state[1]
-
-
-@triton.jit
 def visit_keys(
     grad_query,
-    state,
     query,
     outer,
     bounds,
@@ -92,15 +43,11 @@ def visit_keys(
     inputs,
     tokens,
     biases,
-    sums,
     length,
     scale,
-    block,
-    plain,
     WIDTHS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
-    GRADS: tl.constexpr,
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,10 +65,7 @@ def visit_keys(
             slope = tl.where(pairs[2], slope, 0.0)
         grad_scores = tl.dot(outer, tl.trans(value_rows), input_precision=PRECISION) * slope
         grad_query = tl.dot(grad_scores.to(key_rows.dtype), key_rows, grad_query, input_precision=PRECISION)
-        if GRADS[0] or GRADS[1]:
-            apart = block - start // KEYS
-            state = collect(grad_scores, pairs, state, sums, apart, plain, GRADS, HAS, KEYS, False, MASKED)
-    return grad_query, state
+    return grad_query
 
 
 @triton.jit
@@ -132,7 +76,6 @@ def queries_kernel(
     grad_out,
     grad_q,
     tasks,
-    spans,
     position_bias,
     time_bias,
     cells,
@@ -141,8 +84,6 @@ def queries_kernel(
     seen_before,
     group_first,
     place,
-    position_sums,
-    time_sums,
     q_row,
     q_head,
     k_row,
@@ -153,54 +94,41 @@ def queries_kernel(
     grad_out_head,
     grad_q_row,
     grad_q_head,
-    num_distances,
     scale,
     inverse_divisor,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
-    GRADS: tl.constexpr,
-    BUCKETS: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes the gradients of ROWS queries and this program's part of those of the biases, times the divisor."""
+    """Writes the gradients of ROWS queries."""
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
     inputs = (k + first * k_row + head * k_head, k_row, v + first * v_row + head * v_head, v_row)
     biases = (position_bias, time_bias, cells)
-    program = tl.program_id(0).to(tl.int64)
-    sums = (position_sums + program * num_distances, time_sums + program * BUCKETS)
     row = block * ROWS + tl.arange(0, ROWS)
     queries = query_side(row, tokens, length, HAS)
     query = load_rows(q + first * q_row + head * q_head, row, q_row, length, WIDTHS[0], WIDTHS[1], True)
     outer = grad_out + first * grad_out_row + head * grad_out_head
     outer = load_rows(outer, row, grad_out_row, length, WIDTHS[2], WIDTHS[3], True)
-    free, reach, group, end = reach_of(queries, length, ROWS, KEYS, HAS)
-    plain = True
-    if HAS[2]:
-        plain = tl.load(spans + program * 5) >= end
+    free, reach, group, end = reach_of(queries, length, KEYS, HAS)
     H_BLOCK: tl.constexpr = WIDTHS[1]
     total = tl.zeros([ROWS, H_BLOCK], dtype=tl.float32)
-    state = (tl.zeros([KEYS], dtype=tl.float32), tl.zeros([BUCKETS], dtype=tl.float32))
-    total, state = visit_keys(
-        total, state, query, outer, (0, free), queries, inputs, tokens, biases, sums, length, scale, block, plain,
-        WIDTHS, KEYS, HAS, GRADS, False, FAST, PRECISION,
+    total = visit_keys(
+        total, query, outer, (0, free), queries, inputs, tokens, biases, length, scale,
+        WIDTHS, KEYS, HAS, False, FAST, PRECISION,
     )  # fmt: skip
-    total, state = visit_keys(
-        total, state, query, outer, (free, reach), queries, inputs, tokens, biases, sums, length, scale, block, plain,
-        WIDTHS, KEYS, HAS, GRADS, True, FAST, PRECISION,
+    total = visit_keys(
+        total, query, outer, (free, reach), queries, inputs, tokens, biases, length, scale,
+        WIDTHS, KEYS, HAS, True, FAST, PRECISION,
     )  # fmt: skip
     if HAS[2]:
-        if group > reach:
-            state = flush(state, sums, block - tl.cdiv(reach, KEYS), plain, GRADS, KEYS)
-        total, state = visit_keys(
-            total, state, query, outer, (group, end), queries, inputs, tokens, biases, sums, length, scale, block,
-            plain, WIDTHS, KEYS, HAS, GRADS, True, FAST, PRECISION,
+        total = visit_keys(
+            total, query, outer, (group, end), queries, inputs, tokens, biases, length, scale,
+            WIDTHS, KEYS, HAS, True, FAST, PRECISION,
         )  # fmt: skip
-    if GRADS[1]:
-        tl.store(sums[1] + tl.arange(0, BUCKETS), state[1])
     grad_query = grad_q + first * grad_q_row + head * grad_q_head
     store_rows(grad_query, row, grad_q_row, length, total * (scale * inverse_divisor), WIDTHS[0], WIDTHS[1])
 
@@ -209,7 +137,6 @@ def queries_kernel(
 def visit_queries(
     grad_keys,
     grad_values,
-    state,
     key_rows,
     value_rows,
     bounds,
@@ -218,15 +145,11 @@ def visit_queries(
     tokens,
     biases,
     grads,
-    sums,
     length,
     scale,
-    block,
-    plain,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS: tl.constexpr,
-    GRADS: tl.constexpr,
     ATOMIC: tl.constexpr,
     MASKED: tl.constexpr,
     FAST: tl.constexpr,
@@ -252,10 +175,7 @@ def visit_queries(
             channel = tl.arange(0, WIDTHS[1])[None, :]
             pointers = grads[0] + row.to(tl.int64)[:, None] * grads[1] + channel
             tl.atomic_add(pointers, grad_query, mask=(row < length)[:, None] & (channel < WIDTHS[0]), sem="relaxed")
-        if GRADS[0] or GRADS[1]:
-            apart = start // ROWS - block
-            state = collect(grad_scores, pairs, state, sums, apart, plain, GRADS, HAS, ROWS, True, MASKED)
-    return grad_keys, grad_values, state
+    return grad_keys, grad_values
 
 
 @triton.jit
@@ -277,8 +197,6 @@ def keys_kernel(
     seen_before,
     group_first,
     place,
-    position_sums,
-    time_sums,
     q_row,
     q_head,
     k_row,
@@ -293,15 +211,12 @@ def keys_kernel(
     grad_k_head,
     grad_v_row,
     grad_v_head,
-    num_distances,
     scale,
     inverse_divisor,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
-    GRADS: tl.constexpr,
-    BUCKETS: tl.constexpr,
     ATOMIC: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -309,16 +224,10 @@ def keys_kernel(
     """Writes the gradients of KEYS keys and values; with ATOMIC adds to those of queries (times divisor / scale) too."""
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
-    inputs = (
-        q + first * q_row + head * q_head,
-        q_row,
-        grad_out + first * grad_out_row + head * grad_out_head,
-        grad_out_row,
-    )
+    outer = grad_out + first * grad_out_row + head * grad_out_head
+    inputs = (q + first * q_row + head * q_head, q_row, outer, grad_out_row)
     grads = (grad_q + first * grad_q_row + head * grad_q_head, grad_q_row)
     biases = (position_bias, time_bias, cells)
-    program = tl.program_id(0).to(tl.int64)
-    sums = (position_sums + program * num_distances, time_sums + program * BUCKETS)
     key = block * KEYS + tl.arange(0, KEYS)
     keys = key_side(key, tokens, length, HAS)
     key_rows = load_rows(k + first * k_row + head * k_head, key, k_row, length, WIDTHS[0], WIDTHS[1], True)
@@ -327,38 +236,162 @@ def keys_kernel(
     HV_BLOCK: tl.constexpr = WIDTHS[3]
     grad_keys = tl.zeros([KEYS, H_BLOCK], dtype=tl.float32)
     grad_values = tl.zeros([KEYS, HV_BLOCK], dtype=tl.float32)
-    state = (tl.zeros([ROWS], dtype=tl.float32), tl.zeros([BUCKETS], dtype=tl.float32))
     if HAS[2]:
-        plain = tl.load(spans + program * 5) >= length
+        span = spans + tl.program_id(0) * 4
         for part in tl.static_range(2):
-            begin = tl.load(spans + program * 5 + 1 + 2 * part).to(tl.int32)
-            end = tl.load(spans + program * 5 + 2 + 2 * part).to(tl.int32)
-            grad_keys, grad_values, state = visit_queries(
-                grad_keys, grad_values, state, key_rows, value_rows, (begin, end), keys, inputs, tokens, biases, grads,
-                sums, length, scale, block, plain, WIDTHS, ROWS, HAS, GRADS, ATOMIC, True, FAST, PRECISION,
+            bounds = (tl.load(span + 2 * part).to(tl.int32), tl.load(span + 2 * part + 1).to(tl.int32))
+            grad_keys, grad_values = visit_queries(
+                grad_keys, grad_values, key_rows, value_rows, bounds, keys, inputs, tokens, biases, grads, length,
+                scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
             )  # fmt: skip
-            if end > begin:
-                state = flush(state, sums, tl.cdiv(end, ROWS) - 1 - block, plain, GRADS, ROWS)
     else:
         begin = block * KEYS // ROWS * ROWS
         free = tl.minimum(tl.cdiv(block * KEYS + KEYS, ROWS) * ROWS, length)
         rest = tl.maximum(free, length // ROWS * ROWS)
-        grad_keys, grad_values, state = visit_queries(
-            grad_keys, grad_values, state, key_rows, value_rows, (begin, free), keys, inputs, tokens, biases, grads,
-            sums, length, scale, block, True, WIDTHS, ROWS, HAS, GRADS, ATOMIC, True, FAST, PRECISION,
+        grad_keys, grad_values = visit_queries(
+            grad_keys, grad_values, key_rows, value_rows, (begin, free), keys, inputs, tokens, biases, grads, length,
+            scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
         )  # fmt: skip
-        grad_keys, grad_values, state = visit_queries(
-            grad_keys, grad_values, state, key_rows, value_rows, (free, rest), keys, inputs, tokens, biases, grads,
-            sums, length, scale, block, True, WIDTHS, ROWS, HAS, GRADS, ATOMIC, False, FAST, PRECISION,
+        grad_keys, grad_values = visit_queries(
+            grad_keys, grad_values, key_rows, value_rows, (free, rest), keys, inputs, tokens, biases, grads, length,
+            scale, WIDTHS, ROWS, HAS, ATOMIC, False, FAST, PRECISION,
         )  # fmt: skip
-        grad_keys, grad_values, state = visit_queries(
-            grad_keys, grad_values, state, key_rows, value_rows, (rest, length), keys, inputs, tokens, biases, grads,
-            sums, length, scale, block, True, WIDTHS, ROWS, HAS, GRADS, ATOMIC, True, FAST, PRECISION,
+        grad_keys, grad_values = visit_queries(
+            grad_keys, grad_values, key_rows, value_rows, (rest, length), keys, inputs, tokens, biases, grads, length,
+            scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
         )  # fmt: skip
-        state = flush(state, sums, tl.cdiv(length, ROWS) - 1 - block, True, GRADS, ROWS)
-    if GRADS[1]:
-        tl.store(sums[1] + tl.arange(0, BUCKETS), state[1])
     key_gradient = grad_k + first * grad_k_row + head * grad_k_head
     store_rows(key_gradient, key, grad_k_row, length, grad_keys * (scale * inverse_divisor), WIDTHS[0], WIDTHS[1])
     value_gradient = grad_v + first * grad_v_row + head * grad_v_head
     store_rows(value_gradient, key, grad_v_row, length, grad_values * inverse_divisor, WIDTHS[2], WIDTHS[3])
+
+
+@triton.jit
+def collect_squares(
+    carried,
+    by_bucket,
+    query,
+    outer,
+    bounds,
+    queries,
+    inputs,
+    tokens,
+    biases,
+    sums,
+    length,
+    scale,
+    block,
+    plain,
+    WIDTHS: tl.constexpr,
+    SIDE: tl.constexpr,
+    HAS: tl.constexpr,
+    GRADS: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the `ds_ij` of a block of queries and the keys within `bounds` to the gradients of the biases.
+
+    A square has the distances of two blocks of SIDE distances: by how many blocks its sides differ, and one less. The
+    next square has the lower of the two and the one below, so that a block is whole after two squares and stored;
+    `carried` is the one that is not.
+    """
+    for start in tl.range(bounds[0], bounds[1], SIDE):
+        key = start + tl.arange(0, SIDE)
+        key_rows = load_rows(inputs[0], key, inputs[1], length, WIDTHS[0], WIDTHS[1], MASKED)
+        value_rows = load_rows(inputs[2], key, inputs[3], length, WIDTHS[2], WIDTHS[3], MASKED)
+        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * scale
+        pairs = pair(queries, key_side(key, tokens, length, HAS), biases[2], length, HAS, False, MASKED, FAST)
+        scores = add_bias(scores, pairs, biases, HAS, FAST)
+        _, slope = weigh(scores, FAST)
+        if MASKED:
+            slope = tl.where(pairs[2], slope, 0.0)
+        grad_scores = tl.dot(outer, tl.trans(value_rows), input_precision=PRECISION) * slope
+        if GRADS[0]:
+            if plain:
+                upper, lower = diagonal_sums(grad_scores, SIDE)
+                tl.store(sums[0] + (block - start // SIDE) * SIDE + tl.arange(0, SIDE), carried + upper)
+                carried = lower
+            elif HAS[2]:
+                add_to_distances(sums[0], grad_scores, pairs[0], pairs[2] if MASKED else pairs[0] >= 0)
+        if GRADS[1]:
+            by_bucket += bucket_sums(grad_scores, pairs[1], by_bucket.shape[0])
+    return carried, by_bucket
+
+
+@triton.jit
+def biases_kernel(
+    q,
+    k,
+    v,
+    grad_out,
+    position_sums,
+    time_sums,
+    tasks,
+    plain_tokens,
+    position_bias,
+    time_bias,
+    cells,
+    asked,
+    happened,
+    seen_before,
+    group_first,
+    place,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    grad_out_row,
+    grad_out_head,
+    num_distances,
+    scale,
+    WIDTHS: tl.constexpr,
+    SIDE: tl.constexpr,
+    HAS: tl.constexpr,
+    GRADS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+    FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes what SIDE queries give to the gradients of the biases, times the divisor: a row per program.
+
+    The rows of `position_sums` are zero before; GRADS says which of the two biases has a gradient.
+    """
+    first, length, block, head = load_task(tasks)
+    tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
+    inputs = (k + first * k_row + head * k_head, k_row, v + first * v_row + head * v_head, v_row)
+    biases = (position_bias, time_bias, cells)
+    program = tl.program_id(0).to(tl.int64)
+    sums = (position_sums + program * num_distances, time_sums + program * BUCKETS)
+    row = block * SIDE + tl.arange(0, SIDE)
+    queries = query_side(row, tokens, length, HAS)
+    query = load_rows(q + first * q_row + head * q_head, row, q_row, length, WIDTHS[0], WIDTHS[1], True)
+    outer = grad_out + first * grad_out_row + head * grad_out_head
+    outer = load_rows(outer, row, grad_out_row, length, WIDTHS[2], WIDTHS[3], True)
+    free, reach, group, end = reach_of(queries, length, SIDE, HAS)
+    plain = True
+    if HAS[2]:
+        plain = tl.load(plain_tokens + program) >= end
+    carried, by_bucket = tl.zeros([SIDE], dtype=tl.float32), tl.zeros([BUCKETS], dtype=tl.float32)
+    carried, by_bucket = collect_squares(
+        carried, by_bucket, query, outer, (0, free), queries, inputs, tokens, biases, sums, length, scale, block, plain,
+        WIDTHS, SIDE, HAS, GRADS, False, FAST, PRECISION,
+    )  # fmt: skip
+    carried, by_bucket = collect_squares(
+        carried, by_bucket, query, outer, (free, reach), queries, inputs, tokens, biases, sums, length, scale, block,
+        plain, WIDTHS, SIDE, HAS, GRADS, True, FAST, PRECISION,
+    )  # fmt: skip
+    if HAS[2]:
+        if GRADS[0]:
+            next_block = tl.cdiv(reach, SIDE)
+            if plain and group > next_block * SIDE and block >= next_block:  # a gap: no square completes the carried
+                tl.store(sums[0] + (block - next_block) * SIDE + tl.arange(0, SIDE), carried)
+                carried = tl.zeros([SIDE], dtype=tl.float32)
+        carried, by_bucket = collect_squares(
+            carried, by_bucket, query, outer, (group, end), queries, inputs, tokens, biases, sums, length, scale, block,
+            plain, WIDTHS, SIDE, HAS, GRADS, True, FAST, PRECISION,
+        )  # fmt: skip
+    if GRADS[1]:
+        tl.store(sums[1] + tl.arange(0, BUCKETS), by_bucket)

@@ -1,12 +1,15 @@
-"""How large the blocks of the Triton kernels are: fixed by head width and biases, found by compiling, never by timing."""
+"""How large the blocks of the Triton kernels are: fixed by head width, biases and length, never found by timing."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+Kernel = Literal["forward", "queries", "keys", "biases"]
+SHORT = 64  # tokens of the longest history up to which a pack is short: one block holds any of its histories
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Queries and keys of a square of pairs, warps of a program, and loads in flight."""
+    """Queries and keys of a block of pairs, warps of a program, and loads in flight."""
 
     rows: int
     keys: int
@@ -14,30 +17,27 @@ class Blocks:
     num_stages: int
 
 
-def choose_blocks(
-    kernel: Literal["forward", "queries", "keys"], width: int, *, biases: bool, grads: bool, wide: bool, short: bool
-) -> Blocks:
+def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short: bool) -> Blocks:
     """The blocks of a kernel.
 
+    They are the largest whose sums stay in registers: what the compiler spills is measured and bounded without a GPU
+    (`kernels/bench/compile.py`).
+
     Args:
-        kernel: the forward kernel, or the backward one over blocks of queries or of keys.
+        kernel: the forward kernel, or the backward one over queries, over keys, or of the biases.
         width: of a head, the wider of queries and values, rounded up to a power of two.
         biases: whether scores have a bias.
-        grads: whether the kernel sums the gradients of biases; its blocks are then squares.
         wide: whether numbers are fp32.
-        short: whether no history has more than 64 tokens.
+        short: whether no history has more than `SHORT` tokens.
     """
     if wide:
-        return Blocks(rows=32, keys=32, num_warps=4, num_stages=1 if width > 64 else 2)
-    if kernel == "forward":
-        if short:
-            return Blocks(rows=64, keys=64 if width <= 128 else 32, num_warps=4, num_stages=2)
-        if width > 128:
-            return Blocks(rows=128, keys=32 if biases else 64, num_warps=8, num_stages=2)
-        return Blocks(rows=128, keys=64, num_warps=8, num_stages=2 if biases else 3)
-    if grads:
-        side = 64 if width <= 64 else 64
-        return Blocks(rows=side, keys=side, num_warps=4 if width <= 64 else 8, num_stages=2)
-    if kernel == "queries":
-        return Blocks(rows=64 if short else 128, keys=64 if width <= 128 else 32, num_warps=4 if short else 8, num_stages=2)
-    return Blocks(rows=64 if width <= 128 else 32, keys=64 if short else 128, num_warps=4 if short else 8, num_stages=2)
+        return Blocks(rows=32, keys=32, num_warps=4, num_stages=1)
+    if kernel == "biases":
+        return Blocks(rows=64, keys=64, num_warps=4 if width <= 64 else 8, num_stages=2)
+    if kernel == "keys":
+        rows = 64 if width <= 64 or (width <= 128 and not biases) else 32
+        return Blocks(rows=rows, keys=64 if short or width > 128 else 128, num_warps=8, num_stages=3 if rows == 64 else 2)
+    keys = 64 if width <= 128 else 32
+    if short:
+        return Blocks(rows=64, keys=keys, num_warps=4, num_stages=2)
+    return Blocks(rows=128, keys=keys, num_warps=8, num_stages=2 if biases or width > 128 or kernel == "queries" else 3)

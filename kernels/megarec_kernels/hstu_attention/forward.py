@@ -93,7 +93,7 @@ def forward_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     queries = query_side(row, tokens, length, HAS)
     query = load_rows(q + first * q_row + head * q_head, row, q_row, length, WIDTHS[0], WIDTHS[1], True)
-    free, reach, group, end = reach_of(queries, length, ROWS, KEYS, HAS)
+    free, reach, group, end = reach_of(queries, length, KEYS, HAS)
     HV_BLOCK: tl.constexpr = WIDTHS[3]
     total = tl.zeros([ROWS, HV_BLOCK], dtype=tl.float32)
     total = visit_keys(

@@ -132,18 +132,14 @@ def add_bias(scores, pairs, biases, HAS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def diagonal_sums(pairs, BLOCK: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Sums a square of pairs by query - key = c, and by query - key = c - BLOCK, for c from 0 to BLOCK - 1.
+def diagonal_sums(pairs, SIDE: tl.constexpr):
+    """Sums a square of pairs by query - key = c, and by query - key = c - SIDE, for c from 0 to SIDE - 1.
 
-    A line is turned round by its own number; diagonals then are columns, each the two it is the end and the start of.
+    A row is turned round by its own number; diagonals then are columns, each the two it is the end and the start of.
     """
-    line, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    if KEYS_FIRST:
-        place, later = (line + c) % BLOCK, line + c < BLOCK
-    else:
-        place, later = (line - c + BLOCK) % BLOCK, c <= line
-    turned = tl.gather(pairs, place, axis=1)
-    return tl.sum(tl.where(later, turned, 0.0), axis=0), tl.sum(tl.where(later, 0.0, turned), axis=0)
+    row, c = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    turned = tl.gather(pairs, (row - c + SIDE) % SIDE, axis=1)
+    return tl.sum(tl.where(c <= row, turned, 0.0), axis=0), tl.sum(tl.where(c <= row, 0.0, turned), axis=0)
 
 
 @triton.jit
@@ -166,7 +162,7 @@ def bucket_sums(pairs, bucket, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def reach_of(queries, length, ROWS: tl.constexpr, KEYS: tl.constexpr, HAS: tl.constexpr):
+def reach_of(queries, length, KEYS: tl.constexpr, HAS: tl.constexpr):
     """Which keys a block of queries has to visit, as bounds in keys: all see `[0, free)`; some see others.
 
     Those are in `[free, reach)` and, with a visibility, in `[group, end)`; neither begins within a block of keys that

@@ -1,12 +1,13 @@
 """What the Triton kernels are launched with, made once per pack: programs in a good order, and times as cells."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megarec_kernels.hstu_attention.blocks import Blocks
 from megarec_kernels.hstu_attention.reference import time_bucket
 from megarec_kernels.visibility import Visibility
 
@@ -45,7 +46,7 @@ class Work:
         num_tokens: of all histories; those behind are dead.
         max_length: of a history.
         num_places: one more than the greatest distance between two tokens.
-        tasks: a tensor to be passed for one that is not read.
+        unread: a tensor to be passed for one that is not read.
         cells: the table by which times find their bucket, or None.
         token_facts: `[T]` int32 on the device, or None where not needed: when it asks, when it happened, and
             `seen_before`, `group_first`, `place` of the visibility.
@@ -68,35 +69,43 @@ class Work:
             seen = tuple(x.int() for x in (visibility.seen_before, visibility.group_first, visibility.place))
         self.seen_before = seen[0]
         self.token_facts = (None, None, *seen) if times is None else (times.asked, times.happened, *seen)
-        self.tasks = torch.zeros(1, dtype=torch.int64, device=device)
-        self._made: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
+        self.unread = torch.zeros(1, dtype=torch.int64, device=device)
+        self._made: dict[tuple[object, ...], Tensor] = {}
 
-    def tasks_of_queries(self, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """One row per block of queries (`order_tasks`), and how many first tokens of its history are plain, if asked."""
-        return self._once("queries", num_heads, blocks)
+    def tasks(self, kind: Literal["queries", "keys"], num_heads: int, block: int) -> Tensor:
+        """The programs over blocks of queries or of keys, see `order_tasks`."""
+        return self._once(
+            ("tasks", kind, num_heads, block),
+            lambda: order_tasks(self.bounds, num_heads=num_heads, block=block, last_first=kind == "queries"),
+        )
 
-    def tasks_of_keys(self, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """One row per block of keys, and with a visibility likewise, and which queries see it (`reach_of_keys`)."""
-        return self._once("keys", num_heads, blocks)
+    def plain_tokens(self, num_heads: int, block: int) -> Tensor:
+        """For each program over a block of queries, how many first tokens of its history are plain."""
+        if self.visibility is None:
+            return self.unread
+        counts = plain_tokens(self.bounds, self.visibility)
+        return self._once(
+            ("plain", num_heads, block),
+            lambda: counts[self._history(self.tasks("queries", num_heads, block).cpu())],
+        )
 
-    def _once(self, kind: str, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        key = kind, num_heads, blocks.rows, blocks.keys
+    def reach_of_keys(self, num_heads: int, block: int, rows: int) -> Tensor:
+        """For each program over a block of keys, which queries see it, see `reach_of_keys`."""
+        if self.visibility is None:
+            return self.unread
+        visibility = self.visibility
+        return self._once(
+            ("reach", num_heads, block, rows),
+            lambda: reach_of_keys(self.tasks("keys", num_heads, block).cpu(), visibility, block=block, rows=rows),
+        )
+
+    def _history(self, tasks: Tensor) -> Tensor:
+        return torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
-            self._made[key] = self._make(kind, num_heads, blocks)
+            self._made[key] = make().to(self.device)
         return self._made[key]
-
-    def _make(self, kind: str, num_heads: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        over_queries = kind == "queries"
-        block = blocks.rows if over_queries else blocks.keys
-        tasks = order_tasks(self.bounds, num_heads=num_heads, block=block, last_first=over_queries)
-        spans = torch.zeros(1, dtype=torch.int64)
-        if self.visibility is not None:
-            spans = torch.zeros(len(tasks), 5, dtype=torch.int64)
-            history = torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
-            spans[:, 0] = plain_until(self.bounds, self.visibility)[history]
-            if not over_queries:
-                spans[:, 1:] = reach_of_keys(tasks, self.visibility, block=block, rows=blocks.rows)
-        return tasks.to(self.device), spans.to(self.device)
 
 
 def order_tasks(cu_seqlens: list[int], *, num_heads: int, block: int, last_first: bool) -> Tensor:
@@ -193,7 +202,7 @@ def reach_of_keys(tasks: Tensor, visibility: Visibility, *, block: int, rows: in
     return torch.stack(bounds, dim=1)
 
 
-def plain_until(cu_seqlens: list[int], visibility: Visibility) -> Tensor:
+def plain_tokens(cu_seqlens: list[int], visibility: Visibility) -> Tensor:
     """Per history, how many of its first tokens have their own number as place and see no later one, `[B]` on the CPU."""
     place, seen_before = visibility.place.cpu(), visibility.seen_before.cpu()
     counts = []
