@@ -12,10 +12,10 @@ from megarec_kernels.tiles import Tile, TilePlan
 class Visibility:
     """Token i of a history sees its tokens `j < seen_before_i` and its tokens `group_first_i <= j <= i`.
 
-    Tokens are numbered from 0 within their history. None of them sees a later one.
+    Tokens are numbered from 0 within their history. One whose `seen_before` passes i + 1 sees later ones.
 
     Attributes:
-        seen_before: `[T]` int64, at most i + 1.
+        seen_before: `[T]` int64, at most the length of the history.
         group_first: `[T]` int64, from 0 to i.
         place: `[T]` int64, from 0: a position bias reads the distance `max(place_i - place_j, 0)`.
     """
@@ -73,6 +73,49 @@ def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, 
         group_first=torch.where(is_candidate, index - within % group, index),
         place=torch.where(is_candidate, num_before[history] + within % group, index),
     )
+
+
+def semi_local(cu_seqlens: Tensor, *, prefix: int, window: int, num_tokens: int) -> Visibility:
+    """Histories of which a token sees the first `prefix` tokens and the last `window`, itself among them.
+
+    Attention then costs `prefix + window` pairs per token, however long a history is.
+
+    Source: ULTRA-HSTU (arXiv 2602.16986), semi-local attention.
+
+    Args:
+        cu_seqlens: `[B + 1]`, where each history begins, in tokens.
+        prefix: tokens that all later ones see.
+        window: at least 1.
+        num_tokens: T; the tokens behind the last history are dead.
+    """
+    if prefix < 0 or window < 1:
+        raise ValueError(f"prefix must be at least 0 and window at least 1, got {prefix} and {window}")
+    index, _ = _number(cu_seqlens, num_tokens)
+    return Visibility(
+        seen_before=(index + 1).clamp(max=prefix), group_first=(index - window + 1).clamp(min=0), place=index
+    )
+
+
+def contextual_prefix(cu_seqlens: Tensor, *, prefix: int, num_tokens: int) -> Visibility:
+    """Histories whose first `prefix` tokens see all of it, later ones too; the others see what is before them.
+
+    Through a second layer every token then knows all of its history: for a model that predicts nothing of it.
+
+    Source: the contextual features of the public production code of HSTU.
+    """
+    if prefix < 0:
+        raise ValueError(f"prefix must be at least 0, got {prefix}")
+    index, length = _number(cu_seqlens, num_tokens)
+    return Visibility(
+        seen_before=torch.where(index < prefix, length, index + 1), group_first=torch.zeros_like(index), place=index
+    )
+
+
+def _number(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The number of each token in its history and the length of that, `[T]` int64; the dead are one more history."""
+    bounds = torch.cat([cu_seqlens.long(), cu_seqlens.new_full((1,), num_tokens).long()])
+    length = torch.repeat_interleave(bounds.diff(), bounds.diff())
+    return torch.arange(num_tokens, device=bounds.device) - torch.repeat_interleave(bounds[:-1], bounds.diff()), length
 
 
 def check_visibility(visibility: Visibility, plan: TilePlan) -> None:

@@ -38,7 +38,8 @@ def make_inputs(lengths: list[int], *, dtype: torch.dtype = torch.float64, heads
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    timestamp = torch.randint(0, 10**8, (total,), generator=generator).sort()[0]
+    gaps = torch.rand(total, generator=generator, dtype=torch.float64).mul(6).exp().long()  # pairs fill all buckets
+    timestamp = gaps.cumsum(0)
     return {
         "q": normal(total, heads, 6),
         "k": normal(total, heads, 6),
@@ -46,7 +47,7 @@ def make_inputs(lengths: list[int], *, dtype: torch.dtype = torch.float64, heads
         "position_bias": normal(MAX_POSITIONS),
         "time_bias": normal(NUM_BUCKETS + 1),
         "timestamp": timestamp,
-        "query_timestamp": timestamp + torch.randint(0, 10**4, (total,), generator=generator),
+        "query_timestamp": timestamp + torch.randint(0, 400, (total,), generator=generator),
         "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
     }
 

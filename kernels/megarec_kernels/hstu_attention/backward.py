@@ -221,7 +221,7 @@ def keys_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes the gradients of KEYS keys and values; with ATOMIC adds to those of queries (times divisor / scale) too."""
+    """Writes the gradients of KEYS keys and values; with ATOMIC adds to those of queries too, times divisor / scale."""
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
     outer = grad_out + first * grad_out_row + head * grad_out_head

@@ -31,12 +31,15 @@ def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short
         short: whether no history has more than `SHORT` tokens.
     """
     if wide:
-        return Blocks(rows=32, keys=32, num_warps=4, num_stages=1)
+        side = 32 if width <= 64 else 16
+        return Blocks(rows=side, keys=side, num_warps=4, num_stages=1)
     if kernel == "biases":
         return Blocks(rows=64, keys=64, num_warps=4 if width <= 64 else 8, num_stages=2)
     if kernel == "keys":
         rows = 64 if width <= 64 or (width <= 128 and not biases) else 32
-        return Blocks(rows=rows, keys=64 if short or width > 128 else 128, num_warps=8, num_stages=3 if rows == 64 else 2)
+        return Blocks(
+            rows=rows, keys=64 if short or width > 128 else 128, num_warps=8, num_stages=3 if rows == 64 else 2
+        )
     keys = 64 if width <= 128 else 32
     if short:
         return Blocks(rows=64, keys=keys, num_warps=4, num_stages=2)

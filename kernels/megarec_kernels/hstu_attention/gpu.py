@@ -88,8 +88,8 @@ class _Launch:
         blocks = self._blocks("forward")
         tasks = self.settings.work.tasks("queries", q.shape[1], blocks.rows)
         self._run(
-            forward_kernel, blocks, len(tasks), q, k, v, out, tasks, *self.facts, *_strides(q, k, v, out), *self.factors,
-            ROWS=blocks.rows, KEYS=blocks.keys,
+            forward_kernel, blocks, len(tasks), q, k, v, out, tasks, *self.facts,
+            *_strides(q, k, v, out), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
         )  # fmt: skip
         return self._without_dead(out)
 

@@ -14,9 +14,7 @@ def load_task(tasks):
 
 
 @triton.jit
-def load_rows(
-    base, row, row_stride, length, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
+def load_rows(base, row, row_stride, length, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """`[rows, WIDTH_BLOCK]`; zeros beyond WIDTH, and if MASKED in rows from `length` on, which are never read."""
     channel = tl.arange(0, WIDTH_BLOCK)[None, :]
     pointers = base + row.to(tl.int64)[:, None] * row_stride + channel
@@ -103,7 +101,9 @@ def key_side(key, tokens, length, HAS: tl.constexpr):
 
 
 @triton.jit
-def pair(queries, keys, cells, length, HAS: tl.constexpr, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr):
+def pair(
+    queries, keys, cells, length, HAS: tl.constexpr, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr
+):
     """Distance, time bucket and whether it is seen of every pair, `[rows, keys]` or, KEYS_FIRST, `[keys, rows]`."""
     ROW: tl.constexpr = 0 if KEYS_FIRST else 1
     KEY: tl.constexpr = 1 if KEYS_FIRST else 0

@@ -38,7 +38,7 @@ def hstu_attention_reference(
         seen = distance >= 0
         if visibility is not None:
             seen_before, group_first, place = (x[first:last, None] for x in vars(visibility).values())
-            seen = seen & ((row < seen_before) | (row >= group_first))
+            seen = (row < seen_before) | (seen & (row >= group_first))
             distance = place - place.T
         if position_bias is not None:
             scores = scores + position_bias[distance.clamp(min=0)]

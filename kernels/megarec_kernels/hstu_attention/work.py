@@ -62,13 +62,14 @@ class Work:
         self.max_length = max((b - a for a, b in pairwise(self.bounds)), default=0)
         self.cells = None if times is None else times.cells
         self.num_places = self.max_length
-        seen = None, None, None
+        self.seen_before = self.group_first = self.place = None
         if visibility is not None:
+            facts = visibility.seen_before, visibility.group_first, visibility.place
+            self.seen_before, self.group_first, self.place = (x.int() for x in facts)
             places = visibility.place[: self.num_tokens]
             self.num_places = max(self.max_length, int(places.max()) + 1 if len(places) else 0)
-            seen = tuple(x.int() for x in (visibility.seen_before, visibility.group_first, visibility.place))
-        self.seen_before = seen[0]
-        self.token_facts = (None, None, *seen) if times is None else (times.asked, times.happened, *seen)
+        times_of_tokens = (None, None) if times is None else (times.asked, times.happened)
+        self.token_facts = *times_of_tokens, self.seen_before, self.group_first, self.place
         self.unread = torch.zeros(1, dtype=torch.int64, device=device)
         self._made: dict[tuple[object, ...], Tensor] = {}
 
@@ -203,7 +204,7 @@ def reach_of_keys(tasks: Tensor, visibility: Visibility, *, block: int, rows: in
 
 
 def plain_tokens(cu_seqlens: list[int], visibility: Visibility) -> Tensor:
-    """Per history, how many of its first tokens have their own number as place and see no later one, `[B]` on the CPU."""
+    """Per history, how many first tokens have their number as place and see no later one, `[B]` on the CPU."""
     place, seen_before = visibility.place.cpu(), visibility.seen_before.cpu()
     counts = []
     for first, last in pairwise(cu_seqlens):

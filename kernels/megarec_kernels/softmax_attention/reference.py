@@ -23,7 +23,7 @@ def softmax_attention_reference(
                 visibility.seen_before[first:last, None],
                 visibility.group_first[first:last, None],
             )
-            seen = seen & ((row < seen_before) | (row >= group_first))
+            seen = (row < seen_before) | (seen & (row >= group_first))
         scores = scores.masked_fill(~seen, float("-inf"))
         outputs.append(torch.einsum("nij,jnh->inh", scores.softmax(dim=-1), v[first:last]))
     outputs.append(v.new_zeros(v.shape[0] - bounds[-1], *v.shape[1:]))

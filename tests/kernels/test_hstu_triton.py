@@ -1,0 +1,302 @@
+"""The Triton kernels of HSTU attention against the reference: interpreted where there is no GPU, in bf16 on one."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from megarec_kernels.hstu_attention.reference import hstu_attention_reference, time_bucket
+from megarec_kernels.visibility import Visibility, candidate_suffix, contextual_prefix, semi_local
+from test_attention import (
+    DIVISOR,
+    NUM_BUCKETS,
+    SCALE,
+    Inputs,
+    make_inputs,
+    outputs_and_gradients,
+    relative_error,
+)
+from test_visibility import random_visibility
+from torch import Tensor
+
+pytest.importorskip("triton")
+from megarec_kernels.hstu_attention import gpu
+from megarec_kernels.hstu_attention.blocks import Blocks
+from megarec_kernels.hstu_attention.work import Work, order_tasks, pair_times, reach_of_keys, time_cells
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+LENGTHS = {
+    "awkward": [0, 1, 2, 63, 0, 16, 17],
+    "mixed": [100, 3],
+    "one user": [37],
+    "all empty": [0, 0, 0],
+    "nobody": [],
+}
+VISIBILITIES: dict[str, Callable[[Inputs], Visibility]] = {
+    "candidates": lambda x: candidate_suffix(
+        x["cu_seqlens"], x["cu_seqlens"].diff().clamp(max=5), group=1, num_tokens=len(x["q"])
+    ),
+    "candidates of two tokens": lambda x: candidate_suffix(
+        x["cu_seqlens"], (x["cu_seqlens"].diff() // 2).clamp(max=3), group=2, num_tokens=len(x["q"])
+    ),
+    "window": lambda x: semi_local(x["cu_seqlens"], prefix=3, window=9, num_tokens=len(x["q"])),
+    "window of one": lambda x: semi_local(x["cu_seqlens"], prefix=0, window=1, num_tokens=len(x["q"])),
+    "prefix sees all": lambda x: contextual_prefix(x["cu_seqlens"], prefix=4, num_tokens=len(x["q"])),
+    "any": random_visibility,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of 16, so that a short history has several; a test may ask for others, or for those of a user."""
+    rows, keys = getattr(request, "param", (16, 16))
+    if rows:
+        side = min(rows, keys)
+        sizes = {"biases": (side, side)}
+
+        def choose(kernel: str, *_: Any, **__: Any) -> Blocks:
+            rows_and_keys = sizes.get(kernel, (rows, keys))
+            return Blocks(rows=rows_and_keys[0], keys=rows_and_keys[1], num_warps=4, num_stages=1)
+
+        monkeypatch.setattr(gpu, "choose_blocks", choose)
+    yield
+
+
+def attend(
+    x: Inputs,
+    *,
+    visibility: Visibility | None = None,
+    deterministic: bool = True,
+    position: bool = True,
+    time: bool = True,
+    scale: float = SCALE,
+) -> Tensor:
+    moved = {name: value.to(DEVICE) for name, value in x.items()}
+    times = None
+    if time:
+        times = pair_times(moved["cu_seqlens"], moved["timestamp"], moved["query_timestamp"], num_buckets=NUM_BUCKETS)
+    work = Work(moved["cu_seqlens"], device=DEVICE, times=times, visibility=visibility)
+    settings = gpu.GpuSettings(scale=scale, divisor=DIVISOR, work=work, deterministic=deterministic)
+    biases = moved["position_bias"] if position else None, moved["time_bias"] if time else None
+    out: Tensor = gpu.TritonHSTUAttention.apply(moved["q"], moved["k"], moved["v"], *biases, settings)
+    return out.to(x["q"].device)
+
+
+def reference(x: Inputs, *, visibility: Visibility | None = None, position: bool = True, time: bool = True) -> Tensor:
+    kept = {
+        name: value
+        for name, value in x.items()
+        if (position or name != "position_bias") and (time or name not in ("time_bias", "timestamp", "query_timestamp"))
+    }
+    nothing = sum((value * 0).sum() for value in x.values() if value.requires_grad)
+    return hstu_attention_reference(**kept, scale=SCALE, divisor=DIVISOR, visibility=visibility) + nothing
+
+
+def in_fp64(x: Inputs) -> Inputs:
+    return {
+        name: value.detach().double().requires_grad_() if value.is_floating_point() else value
+        for name, value in x.items()
+    }
+
+
+def error_of(x: Inputs, **settings: Any) -> float:
+    """The largest error of an output or a gradient, relative to the largest number of its tensor."""
+    asked = {name: settings[name] for name in ("visibility", "position", "time") if name in settings}
+    truth = outputs_and_gradients(lambda inputs: reference(inputs, **asked), in_fp64(x))
+    found = outputs_and_gradients(lambda inputs: attend(inputs, **settings), x)
+    if len(found) < len(truth):  # biases that are left out get no gradient
+        truth = [value for value in truth if value.any() or not value.numel()][: len(found)]
+    return relative_error(found, truth)
+
+
+# A sum of n products errs by about eps sqrt(n), n <= 5000 pairs for a time bucket; scores are off by 4 eps themselves.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["two passes", "atomic"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_output_and_all_gradients_equal_the_reference(name: str, deterministic: bool) -> None:
+    assert error_of(make_inputs(LENGTHS[name], dtype=torch.float32), deterministic=deterministic) <= TOLERANCE
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["two passes", "atomic"])
+@pytest.mark.parametrize("name", VISIBILITIES)
+def test_what_is_not_seen_counts_for_nothing(name: str, deterministic: bool) -> None:
+    x = make_inputs([1, 33, 0, 40], dtype=torch.float32, heads=1)
+    assert error_of(x, visibility=VISIBILITIES[name](x), deterministic=deterministic) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("position", "time"), [(True, False), (False, True), (False, False)])
+def test_each_bias_may_be_left_out(position: bool, time: bool) -> None:
+    x = make_inputs([40, 5], dtype=torch.float32, heads=1)
+    assert error_of(x, position=position, time=time) <= TOLERANCE
+
+
+@pytest.mark.parametrize("small_blocks", [(32, 16), (16, 32)], indirect=True, ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_blocks_need_not_be_squares(small_blocks: None, masked: bool) -> None:
+    x = make_inputs([70, 33], dtype=torch.float32, heads=1)
+    visibility = VISIBILITIES["window"](x) if masked else None
+    for deterministic in (True, False):
+        assert error_of(x, visibility=visibility, deterministic=deterministic) <= TOLERANCE
+
+
+@pytest.mark.parametrize("small_blocks", [(0, 0)], indirect=True, ids=["blocks of a user"])
+@pytest.mark.parametrize("length", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_blocks_that_a_user_gets(small_blocks: None, length: int) -> None:
+    assert error_of(make_inputs([length, 64], dtype=torch.float32, heads=1)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("small_blocks", [(0, 0)], indirect=True, ids=["blocks of a user"])
+def test_fp16_errs_no_more_than_twice_the_eager_twin(small_blocks: None) -> None:
+    x = make_inputs([100, 64, 3], dtype=torch.float16, heads=1)
+    truth = outputs_and_gradients(reference, in_fp64(x))
+    found, eager = outputs_and_gradients(attend, x), outputs_and_gradients(reference, x)
+    assert relative_error(found[:1], truth[:1]) <= 2 * relative_error(eager[:1], truth[:1])
+    assert relative_error(found[1:], truth[1:]) <= 3 * relative_error(eager[1:], truth[1:])
+
+
+def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
+    x = make_inputs([20, 7], dtype=torch.float32)
+    packed = torch.cat([x["v"], x["q"], x["k"]], dim=2).detach().requires_grad_()
+    views = dict(zip("vqk", packed.split([4, 6, 6], dim=2), strict=True))
+    assert not views["q"].is_contiguous()
+    out = attend({**x, **views})
+    assert torch.equal(out, attend(x))
+    weights = torch.sin(torch.arange(out.numel())).view_as(out)
+    (found,) = torch.autograd.grad((out * weights).sum(), [packed])
+    expected = torch.autograd.grad((attend(x) * weights).sum(), [x["v"], x["q"], x["k"]])
+    assert torch.equal(found, torch.cat(expected, dim=2))
+
+
+def test_same_inputs_give_the_same_bits() -> None:
+    first, second = (outputs_and_gradients(attend, make_inputs([40, 9], dtype=torch.float32)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dead_tokens_full_of_nan_do_not_leak(masked: bool) -> None:
+    clean, poisoned = (make_inputs([20, 17], dtype=torch.float32) for _ in range(2))
+    visibility = VISIBILITIES["candidates"](clean) if masked else None
+    with torch.no_grad():
+        for name in "qkv":
+            poisoned[name][-5:] = math.nan
+    results = []
+    for x in (clean, poisoned):
+        out = attend(x, visibility=visibility)
+        grad_out = torch.ones_like(out)
+        grad_out[-5:] = math.nan if x is poisoned else 0.0
+        names = ["q", "k", "v", "position_bias", "time_bias"]
+        results.append([out, *torch.autograd.grad(out, [x[name] for name in names], grad_out)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(found, expected)
+    assert not results[1][0][-5:].any()
+
+
+def test_what_one_history_holds_does_not_reach_another() -> None:
+    x = make_inputs([19, 30], dtype=torch.float32)
+    before = attend(x)
+    with torch.no_grad():
+        for name in "qkv":
+            x[name][:19] = math.nan
+    assert torch.equal(attend(x)[19:49], before[19:49])
+
+
+@pytest.mark.parametrize("fault", ["scale", "a block of keys", "the bucket of a cell", "a visible query"])
+def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs([40, 9], dtype=torch.float32)
+    visibility = VISIBILITIES["window"](x)
+    change: dict[str, Any] = {}
+    if fault == "scale":
+        change["scale"] = SCALE * 1.01
+    elif fault == "a block of keys":
+        monkeypatch.setattr("megarec_kernels.hstu_attention.work.order_tasks", lambda *a, **k: order_tasks(*a, **k)[1:])
+    elif fault == "the bucket of a cell":
+        monkeypatch.setattr("megarec_kernels.hstu_attention.work.time_cells", lambda n: time_cells(n).roll(4))
+    else:
+        monkeypatch.setattr(
+            "megarec_kernels.hstu_attention.work.reach_of_keys", lambda *a, **k: reach_of_keys(*a, **k) * 0
+        )
+    truth = outputs_and_gradients(lambda inputs: reference(inputs, visibility=visibility), in_fp64(x))
+    found = outputs_and_gradients(lambda inputs: attend(inputs, visibility=visibility, **change), x)
+    # What no program wrote is what the memory held: any number, or none.
+    found = [torch.where(value.isfinite(), value, 1e3) for value in found]
+    assert relative_error(found, truth) > 1e-3
+
+
+@pytest.mark.parametrize("num_buckets", [0, 1, 24, 69, 71, 128])
+def test_the_bucket_of_every_number_of_seconds_is_found(num_buckets: int) -> None:
+    octaves = (2.0 ** (torch.arange(248, dtype=torch.float64) / 8)).long()
+    bounds = (0.301 * torch.arange(1, 72, dtype=torch.float64)).exp().long()
+    near = torch.cat([octaves, bounds])[:, None] + torch.arange(-200, 200)
+    seconds = torch.cat([near.flatten(), torch.arange(100_000), torch.tensor([2**31 - 2])]).clamp(0, 2**31 - 2)
+    cells = time_cells(num_buckets)
+    packed = cells[(seconds.clamp(min=1).float().view(torch.int32) >> 20).long() - (127 << 3)]
+    found = (packed & 0xFFFFFFFF) + (seconds >= packed >> 32)
+    assert torch.equal(found, time_bucket(seconds, num_buckets))
+
+
+def test_milliseconds_are_refused() -> None:
+    x = make_inputs([3], dtype=torch.float32)
+    x["timestamp"] = torch.tensor([0, 1, 10**12, 0, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="timestamp"):
+        attend(x)
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_tasks_are_all_blocks_once_the_heaviest_history_first(last_first: bool) -> None:
+    bounds = [0, 5, 5, 40, 73]
+    tasks = order_tasks(bounds, num_heads=2, block=16, last_first=last_first)
+    expected = {
+        (first, last - first, block, head)
+        for first, last in pairwise(bounds)
+        for block in range(-(-(last - first) // 16))
+        for head in range(2)
+    }
+    assert sorted(map(tuple, tasks.tolist())) == sorted(expected)
+    assert tasks[:, 1].tolist() == sorted(tasks[:, 1].tolist(), reverse=True)
+    assert tasks[0].tolist() == [5, 35, 2 if last_first else 0, 0]
+
+
+def test_a_query_block_is_visited_once_and_wherever_it_sees_a_key() -> None:
+    x = make_inputs([1, 33, 0, 50], dtype=torch.float32)
+    for visibility in (make(x) for make in VISIBILITIES.values()):
+        tasks = order_tasks(x["cu_seqlens"].tolist(), num_heads=1, block=16, last_first=False)
+        reach = reach_of_keys(tasks, visibility, block=16, rows=8)
+        for (first, length, block, _), (a, b, c, d) in zip(tasks.tolist(), reach.tolist(), strict=True):
+            assert a <= b <= c <= d <= length or a == b or c == d
+            assert not set(range(a, b)) & set(range(c, d))
+            for row in range(length):
+                seen_before, group_first = (
+                    int(y[first + row]) for y in (visibility.seen_before, visibility.group_first)
+                )
+                keys = range(16 * block, min(16 * block + 16, length))
+                if any(j < seen_before or group_first <= j <= row for j in keys):
+                    assert a <= row < b or c <= row < d
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("small_blocks", [(0, 0)], indirect=True, ids=["blocks of a user"])
+@pytest.mark.parametrize("width", [32, 50, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("masked", [None, "candidates", "window", "prefix sees all"])
+def test_on_a_gpu(small_blocks: None, width: int, dtype: torch.dtype, masked: str | None) -> None:
+    x = make_inputs([0, 1, 63, 100, 1000, 64], dtype=dtype)
+    generator = torch.Generator().manual_seed(width)
+    for name in "qkv":
+        values = torch.randn(len(x["q"]), 2, width, generator=generator) * width**-0.25
+        x[name] = values.to(dtype).requires_grad_()
+    visibility = None if masked is None else VISIBILITIES[masked](x)
+    truth = outputs_and_gradients(lambda inputs: reference(inputs, visibility=visibility), in_fp64(x))
+    eager = outputs_and_gradients(lambda inputs: reference(inputs, visibility=visibility), x)
+    for deterministic in (True, False):
+        method = partial(attend, visibility=visibility, deterministic=deterministic)
+        found = [outputs_and_gradients(method, x) for _ in range(2)]
+        for tensor, twin, exact in zip(found[0], eager, truth, strict=True):
+            assert relative_error([tensor], [exact]) <= max(3 * relative_error([twin], [exact]), TOLERANCE)
+        if deterministic:
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
