@@ -15,22 +15,16 @@ from megarec_kernels.hstu_attention.programs import (
     bucket_sums,
     diagonal_sums,
     key_side,
+    load_block,
     load_rows,
     load_task,
     pair,
     query_side,
     reach_of,
-    sigmoid,
+    silu_and_slope,
+    source_of,
     store_rows,
 )
-
-
-@triton.jit
-def weigh(scores, FAST: tl.constexpr):
-    """`SiLU(s)` and its derivative, `sigmoid(s) (1 + s (1 - sigmoid(s)))`."""
-    share = sigmoid(scores, FAST)
-    weights = scores * share
-    return weights, share + weights * (1.0 - share)
 
 
 @triton.jit
@@ -44,23 +38,24 @@ def visit_keys(
     tokens,
     biases,
     length,
-    scale,
+    half_scale,
     WIDTHS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds `sum_j ds_ij k_j` over the keys within `bounds`; unless MASKED, every query sees all of them."""
     for start in tl.range(bounds[0], bounds[1], KEYS):
         key = start + tl.arange(0, KEYS)
-        key_rows = load_rows(inputs[0], key, inputs[1], length, WIDTHS[0], WIDTHS[1], MASKED)
-        value_rows = load_rows(inputs[2], key, inputs[3], length, WIDTHS[2], WIDTHS[3], MASKED)
-        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * scale
+        key_rows = load_block(inputs[0], start, length, WIDTHS[0], WIDTHS[1], KEYS, MASKED, TMA)
+        value_rows = load_block(inputs[1], start, length, WIDTHS[2], WIDTHS[3], KEYS, MASKED, TMA)
+        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * half_scale
         pairs = pair(queries, key_side(key, tokens, length, HAS), biases[2], length, HAS, False, MASKED, FAST)
         scores = add_bias(scores, pairs, biases, HAS, FAST)
-        _, slope = weigh(scores, FAST)
+        _, slope = silu_and_slope(scores, FAST)
         if MASKED:
             slope = tl.where(pairs[2], slope, 0.0)
         grad_scores = tl.dot(outer, tl.trans(value_rows), input_precision=PRECISION) * slope
@@ -74,6 +69,8 @@ def queries_kernel(
     k,
     v,
     grad_out,
+    k_rows,
+    v_rows,
     grad_q,
     tasks,
     position_bias,
@@ -94,19 +91,23 @@ def queries_kernel(
     grad_out_head,
     grad_q_row,
     grad_q_head,
-    scale,
+    half_scale,
     inverse_divisor,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Writes the gradients of ROWS queries."""
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
-    inputs = (k + first * k_row + head * k_head, k_row, v + first * v_row + head * v_head, v_row)
+    inputs = (
+        source_of(k, k_rows, k_row, k_head, first, head),
+        source_of(v, v_rows, v_row, v_head, first, head),
+    )
     biases = (position_bias, time_bias, cells)
     row = block * ROWS + tl.arange(0, ROWS)
     queries = query_side(row, tokens, length, HAS)
@@ -117,20 +118,20 @@ def queries_kernel(
     H_BLOCK: tl.constexpr = WIDTHS[1]
     total = tl.zeros([ROWS, H_BLOCK], dtype=tl.float32)
     total = visit_keys(
-        total, query, outer, (0, free), queries, inputs, tokens, biases, length, scale,
-        WIDTHS, KEYS, HAS, False, FAST, PRECISION,
+        total, query, outer, (0, free), queries, inputs, tokens, biases, length, half_scale,
+        WIDTHS, KEYS, HAS, False, TMA, FAST, PRECISION,
     )  # fmt: skip
     total = visit_keys(
-        total, query, outer, (free, reach), queries, inputs, tokens, biases, length, scale,
-        WIDTHS, KEYS, HAS, True, FAST, PRECISION,
+        total, query, outer, (free, reach), queries, inputs, tokens, biases, length, half_scale,
+        WIDTHS, KEYS, HAS, True, TMA, FAST, PRECISION,
     )  # fmt: skip
     if HAS[2]:
         total = visit_keys(
-            total, query, outer, (group, end), queries, inputs, tokens, biases, length, scale,
-            WIDTHS, KEYS, HAS, True, FAST, PRECISION,
+            total, query, outer, (group, end), queries, inputs, tokens, biases, length, half_scale,
+            WIDTHS, KEYS, HAS, True, TMA, FAST, PRECISION,
         )  # fmt: skip
     grad_query = grad_q + first * grad_q_row + head * grad_q_head
-    store_rows(grad_query, row, grad_q_row, length, total * (scale * inverse_divisor), WIDTHS[0], WIDTHS[1])
+    store_rows(grad_query, row, grad_q_row, length, total * (2.0 * half_scale * inverse_divisor), WIDTHS[0], WIDTHS[1])
 
 
 @triton.jit
@@ -146,24 +147,25 @@ def visit_queries(
     biases,
     grads,
     length,
-    scale,
+    half_scale,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS: tl.constexpr,
     ATOMIC: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds `sum_i ds_ij q_i` and `sum_i w_ij g_i` over the queries within `bounds`; pairs are `[keys, rows]`."""
     for start in tl.range(bounds[0], bounds[1], ROWS):
         row = start + tl.arange(0, ROWS)
-        query_rows = load_rows(inputs[0], row, inputs[1], length, WIDTHS[0], WIDTHS[1], MASKED)
-        outer_rows = load_rows(inputs[2], row, inputs[3], length, WIDTHS[2], WIDTHS[3], MASKED)
-        scores = tl.dot(key_rows, tl.trans(query_rows), input_precision=PRECISION) * scale
+        query_rows = load_block(inputs[0], start, length, WIDTHS[0], WIDTHS[1], ROWS, MASKED, TMA)
+        outer_rows = load_block(inputs[1], start, length, WIDTHS[2], WIDTHS[3], ROWS, MASKED, TMA)
+        scores = tl.dot(key_rows, tl.trans(query_rows), input_precision=PRECISION) * half_scale
         pairs = pair(query_side(row, tokens, length, HAS), keys, biases[2], length, HAS, True, MASKED, FAST)
         scores = add_bias(scores, pairs, biases, HAS, FAST)
-        weights, slope = weigh(scores, FAST)
+        weights, slope = silu_and_slope(scores, FAST)
         if MASKED:
             weights, slope = tl.where(pairs[2], weights, 0.0), tl.where(pairs[2], slope, 0.0)
         grad_values = tl.dot(weights.to(outer_rows.dtype), outer_rows, grad_values, input_precision=PRECISION)
@@ -184,6 +186,8 @@ def keys_kernel(
     k,
     v,
     grad_out,
+    q_rows,
+    grad_out_rows,
     grad_q,
     grad_k,
     grad_v,
@@ -211,21 +215,24 @@ def keys_kernel(
     grad_k_head,
     grad_v_row,
     grad_v_head,
-    scale,
+    half_scale,
     inverse_divisor,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
     ATOMIC: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Writes the gradients of KEYS keys and values; with ATOMIC adds to those of queries too, times divisor / scale."""
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
-    outer = grad_out + first * grad_out_row + head * grad_out_head
-    inputs = (q + first * q_row + head * q_head, q_row, outer, grad_out_row)
+    inputs = (
+        source_of(q, q_rows, q_row, q_head, first, head),
+        source_of(grad_out, grad_out_rows, grad_out_row, grad_out_head, first, head),
+    )
     grads = (grad_q + first * grad_q_row + head * grad_q_head, grad_q_row)
     biases = (position_bias, time_bias, cells)
     key = block * KEYS + tl.arange(0, KEYS)
@@ -242,7 +249,7 @@ def keys_kernel(
             bounds = (tl.load(span + 2 * part).to(tl.int32), tl.load(span + 2 * part + 1).to(tl.int32))
             grad_keys, grad_values = visit_queries(
                 grad_keys, grad_values, key_rows, value_rows, bounds, keys, inputs, tokens, biases, grads, length,
-                scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
+                half_scale, WIDTHS, ROWS, HAS, ATOMIC, True, TMA, FAST, PRECISION,
             )  # fmt: skip
     else:
         begin = block * KEYS // ROWS * ROWS
@@ -250,18 +257,20 @@ def keys_kernel(
         rest = tl.maximum(free, length // ROWS * ROWS)
         grad_keys, grad_values = visit_queries(
             grad_keys, grad_values, key_rows, value_rows, (begin, free), keys, inputs, tokens, biases, grads, length,
-            scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
+            half_scale, WIDTHS, ROWS, HAS, ATOMIC, True, TMA, FAST, PRECISION,
         )  # fmt: skip
         grad_keys, grad_values = visit_queries(
             grad_keys, grad_values, key_rows, value_rows, (free, rest), keys, inputs, tokens, biases, grads, length,
-            scale, WIDTHS, ROWS, HAS, ATOMIC, False, FAST, PRECISION,
+            half_scale, WIDTHS, ROWS, HAS, ATOMIC, False, TMA, FAST, PRECISION,
         )  # fmt: skip
         grad_keys, grad_values = visit_queries(
             grad_keys, grad_values, key_rows, value_rows, (rest, length), keys, inputs, tokens, biases, grads, length,
-            scale, WIDTHS, ROWS, HAS, ATOMIC, True, FAST, PRECISION,
+            half_scale, WIDTHS, ROWS, HAS, ATOMIC, True, TMA, FAST, PRECISION,
         )  # fmt: skip
     key_gradient = grad_k + first * grad_k_row + head * grad_k_head
-    store_rows(key_gradient, key, grad_k_row, length, grad_keys * (scale * inverse_divisor), WIDTHS[0], WIDTHS[1])
+    store_rows(
+        key_gradient, key, grad_k_row, length, grad_keys * (2.0 * half_scale * inverse_divisor), WIDTHS[0], WIDTHS[1]
+    )
     value_gradient = grad_v + first * grad_v_row + head * grad_v_head
     store_rows(value_gradient, key, grad_v_row, length, grad_values * inverse_divisor, WIDTHS[2], WIDTHS[3])
 
@@ -279,7 +288,7 @@ def collect_squares(
     biases,
     sums,
     length,
-    scale,
+    half_scale,
     block,
     plain,
     WIDTHS: tl.constexpr,
@@ -287,6 +296,7 @@ def collect_squares(
     HAS: tl.constexpr,
     GRADS: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -298,12 +308,12 @@ def collect_squares(
     """
     for start in tl.range(bounds[0], bounds[1], SIDE):
         key = start + tl.arange(0, SIDE)
-        key_rows = load_rows(inputs[0], key, inputs[1], length, WIDTHS[0], WIDTHS[1], MASKED)
-        value_rows = load_rows(inputs[2], key, inputs[3], length, WIDTHS[2], WIDTHS[3], MASKED)
-        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * scale
+        key_rows = load_block(inputs[0], start, length, WIDTHS[0], WIDTHS[1], SIDE, MASKED, TMA)
+        value_rows = load_block(inputs[1], start, length, WIDTHS[2], WIDTHS[3], SIDE, MASKED, TMA)
+        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * half_scale
         pairs = pair(queries, key_side(key, tokens, length, HAS), biases[2], length, HAS, False, MASKED, FAST)
         scores = add_bias(scores, pairs, biases, HAS, FAST)
-        _, slope = weigh(scores, FAST)
+        _, slope = silu_and_slope(scores, FAST)
         if MASKED:
             slope = tl.where(pairs[2], slope, 0.0)
         grad_scores = tl.dot(outer, tl.trans(value_rows), input_precision=PRECISION) * slope
@@ -325,6 +335,8 @@ def biases_kernel(
     k,
     v,
     grad_out,
+    k_rows,
+    v_rows,
     position_sums,
     time_sums,
     tasks,
@@ -346,12 +358,13 @@ def biases_kernel(
     grad_out_row,
     grad_out_head,
     num_distances,
-    scale,
+    half_scale,
     WIDTHS: tl.constexpr,
     SIDE: tl.constexpr,
     HAS: tl.constexpr,
     GRADS: tl.constexpr,
     BUCKETS: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -361,7 +374,10 @@ def biases_kernel(
     """
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
-    inputs = (k + first * k_row + head * k_head, k_row, v + first * v_row + head * v_head, v_row)
+    inputs = (
+        source_of(k, k_rows, k_row, k_head, first, head),
+        source_of(v, v_rows, v_row, v_head, first, head),
+    )
     biases = (position_bias, time_bias, cells)
     program = tl.program_id(0).to(tl.int64)
     sums = (position_sums + program * num_distances, time_sums + program * BUCKETS)
@@ -376,12 +392,12 @@ def biases_kernel(
         plain = tl.load(plain_tokens + program) >= end
     carried, by_bucket = tl.zeros([SIDE], dtype=tl.float32), tl.zeros([BUCKETS], dtype=tl.float32)
     carried, by_bucket = collect_squares(
-        carried, by_bucket, query, outer, (0, free), queries, inputs, tokens, biases, sums, length, scale, block, plain,
-        WIDTHS, SIDE, HAS, GRADS, False, FAST, PRECISION,
+        carried, by_bucket, query, outer, (0, free), queries, inputs, tokens, biases, sums, length, half_scale, block,
+        plain, WIDTHS, SIDE, HAS, GRADS, False, TMA, FAST, PRECISION,
     )  # fmt: skip
     carried, by_bucket = collect_squares(
-        carried, by_bucket, query, outer, (free, reach), queries, inputs, tokens, biases, sums, length, scale, block,
-        plain, WIDTHS, SIDE, HAS, GRADS, True, FAST, PRECISION,
+        carried, by_bucket, query, outer, (free, reach), queries, inputs, tokens, biases, sums, length, half_scale,
+        block, plain, WIDTHS, SIDE, HAS, GRADS, True, TMA, FAST, PRECISION,
     )  # fmt: skip
     if HAS[2]:
         if GRADS[0]:
@@ -390,8 +406,8 @@ def biases_kernel(
                 tl.store(sums[0] + (block - next_block) * SIDE + tl.arange(0, SIDE), carried)
                 carried = tl.zeros([SIDE], dtype=tl.float32)
         carried, by_bucket = collect_squares(
-            carried, by_bucket, query, outer, (group, end), queries, inputs, tokens, biases, sums, length, scale, block,
-            plain, WIDTHS, SIDE, HAS, GRADS, True, FAST, PRECISION,
+            carried, by_bucket, query, outer, (group, end), queries, inputs, tokens, biases, sums, length, half_scale,
+            block, plain, WIDTHS, SIDE, HAS, GRADS, True, TMA, FAST, PRECISION,
         )  # fmt: skip
     if GRADS[1]:
         tl.store(sums[1] + tl.arange(0, BUCKETS), by_bucket)

@@ -6,12 +6,14 @@ import triton.language as tl
 from megarec_kernels.hstu_attention.programs import (
     add_bias,
     key_side,
+    load_block,
     load_rows,
     load_task,
     pair,
     query_side,
     reach_of,
-    sigmoid,
+    silu,
+    source_of,
     store_rows,
 )
 
@@ -26,25 +28,26 @@ def visit_keys(
     tokens,
     biases,
     length,
-    scale,
+    half_scale,
     WIDTHS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds `sum_j w_ij v_j` over the keys within `bounds` to `total`; unless MASKED, every query sees all of them."""
     for start in tl.range(bounds[0], bounds[1], KEYS):
         key = start + tl.arange(0, KEYS)
-        key_rows = load_rows(inputs[0], key, inputs[1], length, WIDTHS[0], WIDTHS[1], MASKED)
-        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * scale
+        key_rows = load_block(inputs[0], start, length, WIDTHS[0], WIDTHS[1], KEYS, MASKED, TMA)
+        scores = tl.dot(query, tl.trans(key_rows), input_precision=PRECISION) * half_scale
         pairs = pair(queries, key_side(key, tokens, length, HAS), biases[2], length, HAS, False, MASKED, FAST)
         scores = add_bias(scores, pairs, biases, HAS, FAST)
-        weights = scores * sigmoid(scores, FAST)
+        weights = silu(scores, FAST)
         if MASKED:
             weights = tl.where(pairs[2], weights, 0.0)
-        value_rows = load_rows(inputs[2], key, inputs[3], length, WIDTHS[2], WIDTHS[3], MASKED)
+        value_rows = load_block(inputs[1], start, length, WIDTHS[2], WIDTHS[3], KEYS, MASKED, TMA)
         total = tl.dot(weights.to(value_rows.dtype), value_rows, total, input_precision=PRECISION)
     return total
 
@@ -54,6 +57,8 @@ def forward_kernel(
     q,
     k,
     v,
+    k_rows,
+    v_rows,
     out,
     tasks,
     position_bias,
@@ -72,12 +77,13 @@ def forward_kernel(
     v_head,
     out_row,
     out_head,
-    scale,
+    half_scale,
     inverse_divisor,
     WIDTHS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     HAS: tl.constexpr,
+    TMA: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -88,7 +94,10 @@ def forward_kernel(
     """
     first, length, block, head = load_task(tasks)
     tokens = (asked + first, happened + first, seen_before + first, group_first + first, place + first)
-    inputs = (k + first * k_row + head * k_head, k_row, v + first * v_row + head * v_head, v_row)
+    inputs = (
+        source_of(k, k_rows, k_row, k_head, first, head),
+        source_of(v, v_rows, v_row, v_head, first, head),
+    )
     biases = (position_bias, time_bias, cells)
     row = block * ROWS + tl.arange(0, ROWS)
     queries = query_side(row, tokens, length, HAS)
@@ -97,17 +106,17 @@ def forward_kernel(
     HV_BLOCK: tl.constexpr = WIDTHS[3]
     total = tl.zeros([ROWS, HV_BLOCK], dtype=tl.float32)
     total = visit_keys(
-        total, query, (0, free), queries, inputs, tokens, biases, length, scale,
-        WIDTHS, KEYS, HAS, False, FAST, PRECISION,
+        total, query, (0, free), queries, inputs, tokens, biases, length, half_scale,
+        WIDTHS, KEYS, HAS, False, TMA, FAST, PRECISION,
     )  # fmt: skip
     total = visit_keys(
-        total, query, (free, reach), queries, inputs, tokens, biases, length, scale,
-        WIDTHS, KEYS, HAS, True, FAST, PRECISION,
+        total, query, (free, reach), queries, inputs, tokens, biases, length, half_scale,
+        WIDTHS, KEYS, HAS, True, TMA, FAST, PRECISION,
     )  # fmt: skip
     if HAS[2]:
         total = visit_keys(
-            total, query, (group, end), queries, inputs, tokens, biases, length, scale,
-            WIDTHS, KEYS, HAS, True, FAST, PRECISION,
+            total, query, (group, end), queries, inputs, tokens, biases, length, half_scale,
+            WIDTHS, KEYS, HAS, True, TMA, FAST, PRECISION,
         )  # fmt: skip
     store_rows(
         out + first * out_row + head * out_head, row, out_row, length, total * inverse_divisor, WIDTHS[2], WIDTHS[3]

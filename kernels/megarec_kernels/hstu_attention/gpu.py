@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megarec_kernels.hstu_attention.backward import biases_kernel, keys_kernel, queries_kernel
 from megarec_kernels.hstu_attention.blocks import SHORT, Blocks, Kernel, choose_blocks
@@ -72,9 +73,10 @@ class _Launch:
         work = settings.work
         self.has = position_bias is not None, time_bias is not None, work.seen_before is not None
         self.fast = q.dtype != torch.float32 and not triton.knobs.runtime.interpret
-        self.factors = settings.scale, 1.0 / settings.divisor
+        self.factors = 0.5 * settings.scale, 1.0 / settings.divisor  # kernels work on halved scores
+        self.tma = use_tma(*self.inputs)
         self.precision = "tf32x3" if q.dtype == torch.float32 else "ieee"
-        float_vectors = [q.new_zeros(1, dtype=torch.float32) if x is None else x.float() for x in self.biases]
+        float_vectors = [q.new_zeros(1, dtype=torch.float32) if x is None else 0.5 * x.float() for x in self.biases]
         # Triton wants a tensor for every pointer; one that is not read may be any.
         self.facts = [
             *float_vectors,
@@ -88,7 +90,7 @@ class _Launch:
         blocks = self._blocks("forward")
         tasks = self.settings.work.tasks("queries", q.shape[1], blocks.rows)
         self._run(
-            forward_kernel, blocks, len(tasks), q, k, v, out, tasks, *self.facts,
+            forward_kernel, blocks, len(tasks), q, k, v, *self._described(blocks.keys, k, v), out, tasks, *self.facts,
             *_strides(q, k, v, out), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
         )  # fmt: skip
         return self._without_dead(out)
@@ -105,7 +107,8 @@ class _Launch:
             blocks = self._blocks("queries")
             tasks = work.tasks("queries", num_heads, blocks.rows)
             self._run(
-                queries_kernel, blocks, len(tasks), q, k, v, grad_out, grad_q, tasks, *self.facts,
+                queries_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
+                grad_q, tasks, *self.facts,
                  *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
             )  # fmt: skip
         else:
@@ -113,7 +116,8 @@ class _Launch:
         blocks = self._blocks("keys")
         tasks = work.tasks("keys", num_heads, blocks.keys)
         self._run(
-            keys_kernel, blocks, len(tasks), q, k, v, grad_out, grad_q, grad_k, grad_v, tasks,
+            keys_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.rows, q, grad_out),
+            grad_q, grad_k, grad_v, tasks,
             work.reach_of_keys(num_heads, blocks.keys, blocks.rows),
             *self.facts, *_strides(q, k, v, grad_out, grad_q, grad_k, grad_v), *self.factors,
             ROWS=blocks.rows, KEYS=blocks.keys, ATOMIC=not deterministic,
@@ -134,7 +138,8 @@ class _Launch:
         position_sums = q.new_zeros(len(tasks), num_distances, dtype=torch.float32)
         time_sums = q.new_empty(len(tasks), NUM_BUCKET_SUMS if wanted[1] else 0, dtype=torch.float32)
         self._run(
-            biases_kernel, blocks, len(tasks), q, k, v, grad_out, position_sums, time_sums, tasks,
+            biases_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
+            position_sums, time_sums, tasks,
             work.plain_tokens(num_heads, blocks.rows), *self.facts, *_strides(q, k, v, grad_out), num_distances,
             self.factors[0], SIDE=blocks.rows, GRADS=wanted, BUCKETS=NUM_BUCKET_SUMS,
         )  # fmt: skip
@@ -163,9 +168,20 @@ class _Launch:
     def _run(self, kernel: Any, blocks: Blocks, num_programs: int, *arguments: Any, **constants: Any) -> None:
         if num_programs:
             kernel[(num_programs,)](
-                *arguments, WIDTHS=self.widths, HAS=self.has, FAST=self.fast, PRECISION=self.precision,
+                *arguments, WIDTHS=self.widths, HAS=self.has, TMA=self.tma, FAST=self.fast, PRECISION=self.precision,
                 num_warps=blocks.num_warps, num_stages=blocks.num_stages, **constants,
             )  # fmt: skip
+
+    def _described(self, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+        """Descriptors by which the copy engine brings blocks of `rows` rows of a head, `[T, N H]` with gaps between."""
+        if not self.tma:
+            return [None] * len(tensors)
+        return [
+            TensorDescriptor(
+                x, [len(x), (x.shape[1] - 1) * x.stride(1) + x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]
+            )
+            for x in tensors
+        ]
 
     def _without_dead(self, rows: Tensor) -> Tensor:
         rows[self.settings.work.num_tokens :] = 0
@@ -174,6 +190,21 @@ class _Launch:
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:2])
+
+
+def use_tma(*tensors: Tensor) -> bool:
+    """Whether the copy engine can bring blocks of these tensors: it wants addresses that are multiples of 16 bytes.
+
+    Heads whose width is no power of two are read with the neighbour's channels, and so with a mask.
+    """
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.shape[2] >= 16
+        and x.shape[2] & (x.shape[2] - 1) == 0
+        and len(x) > 0
+        for x in tensors
+    )
 
 
 def widths_of(width: int, value_width: int) -> tuple[int, int, int, int]:

@@ -27,6 +27,32 @@ def load_rows(base, row, row_stride, length, WIDTH: tl.constexpr, WIDTH_BLOCK: t
 
 
 @triton.jit
+def load_block(
+    source,
+    start,
+    length,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The rows from `start` on of a `source`: base, stride of rows, descriptor, and first row and column in that."""
+    if TMA and not MASKED:
+        return source[2].load([source[3] + start, source[4]])
+    else:
+        row = start + tl.arange(0, BLOCK)
+        return load_rows(source[0], row, source[1], length, WIDTH, WIDTH_BLOCK, MASKED)
+
+
+@triton.jit
+def source_of(base, descriptor, row_stride, head_stride, first, head):
+    """What `load_block` reads: the rows of one head of one history, by pointers or by a descriptor of all rows."""
+    column = (head * head_stride).to(tl.int32)
+    return base + first * row_stride + head * head_stride, row_stride, descriptor, first.to(tl.int32), column
+
+
+@triton.jit
 def store_rows(base, row, row_stride, length, values, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr):
     """The way back of `load_rows`, in the dtype of `base`."""
     channel = tl.arange(0, WIDTH_BLOCK)[None, :]
@@ -35,33 +61,39 @@ def store_rows(base, row, row_stride, length, values, WIDTH: tl.constexpr, WIDTH
 
 
 @triton.jit
-def sigmoid(scores, FAST: tl.constexpr):
-    """`1 / (1 + e^-s)`; FAST as `(1 + tanh(s / 2)) / 2` with one instruction for tanh, off by at most 2^-12."""
+def silu(half, FAST: tl.constexpr):
+    """`SiLU(2 h) = h (1 + tanh h)` of halved scores; FAST with one instruction for tanh, off by at most 2^-11."""
     if FAST:
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * scores], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 * tanh + 0.5
+        return half * fast_tanh(half) + half
     else:
-        return 1.0 / (1.0 + tl.exp(-scores))
+        return 2.0 * half / (1.0 + tl.exp(-2.0 * half))
+
+
+@triton.jit
+def silu_and_slope(half, FAST: tl.constexpr):
+    """`SiLU(s)` and its derivative, `sigmoid(s) + SiLU(s) (1 - sigmoid(s))`, of halved scores."""
+    if FAST:
+        tanh = fast_tanh(half)
+        share, rest, weights = 0.5 * tanh + 0.5, 0.5 - 0.5 * tanh, half * tanh + half
+    else:
+        share = 1.0 / (1.0 + tl.exp(-2.0 * half))
+        rest, weights = 1.0 - share, 2.0 * half * share
+    return weights, weights * rest + share
+
+
+@triton.jit
+def fast_tanh(x):
+    """The tanh of the hardware."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def look_up(table, place, FAST: tl.constexpr):
-    """`table[place]` as int32 or fp32, or two int32 as one int64. FAST past the loop's pipeline.
-
-    Triton would bring every element of a block through shared memory ahead of time, which then holds nothing else.
-    """
+    """`table[place]` in fp32. FAST past the loop's pipeline, which would hold every element in shared memory."""
     if FAST:
-        pointers = (table + place).to(tl.int64)
-        if table.dtype.element_ty == tl.int64:
-            found = tl.inline_asm_elementwise(
-                "ld.global.nc.b64 $0, [$1];", "=l,l", [pointers], dtype=tl.int64, is_pure=True, pack=1
-            )
-        else:
-            found = tl.inline_asm_elementwise(
-                "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], dtype=tl.float32, is_pure=True, pack=1
-            )
+        found = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [(table + place).to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         found = tl.load(table + place)
     return found
@@ -72,8 +104,15 @@ def bucket_of(seconds, cells, FAST: tl.constexpr):
     """`clamp(int(log(max(1, |seconds|)) / 0.301), 0, num_buckets)` of int32, exactly (`work.time_cells`)."""
     seconds = tl.maximum(tl.abs(seconds), 1)
     cell = (seconds.to(tl.float32).to(tl.int32, bitcast=True) >> 20) - 1016  # 127 << 3: the bits of 1.0
-    packed = look_up(cells, cell, FAST)
-    return packed.to(tl.int32) + (seconds >= (packed >> 32).to(tl.int32)).to(tl.int32)
+    if FAST:
+        least, following = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [(cells + cell).to(tl.int64)],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        packed = tl.load(cells + cell)
+        least, following = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+    return least + (seconds >= following).to(tl.int32)
 
 
 @triton.jit
@@ -110,7 +149,9 @@ def pair(
     row, key = tl.expand_dims(queries[0], ROW), tl.expand_dims(keys[0], KEY)
     distance, bucket, seen = 0, 0, True
     if HAS[0]:
-        distance = tl.maximum(tl.expand_dims(queries[4], ROW) - tl.expand_dims(keys[2], KEY), 0)
+        distance = tl.expand_dims(queries[4], ROW) - tl.expand_dims(keys[2], KEY)
+        if MASKED or HAS[2]:  # elsewhere every key comes before every query
+            distance = tl.maximum(distance, 0)
     if HAS[1]:
         bucket = bucket_of(tl.expand_dims(queries[1], ROW) - tl.expand_dims(keys[1], KEY), cells, FAST)
     if MASKED:
@@ -123,7 +164,7 @@ def pair(
 
 @triton.jit
 def add_bias(scores, pairs, biases, HAS: tl.constexpr, FAST: tl.constexpr):
-    """Adds `position_bias[distance]` and `time_bias[bucket]`."""
+    """Adds `position_bias[distance]` and `time_bias[bucket]`, halved as the scores are."""
     if HAS[0]:
         scores += look_up(biases[0], pairs[0], FAST)
     if HAS[1]:

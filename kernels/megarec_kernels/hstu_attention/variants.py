@@ -50,6 +50,7 @@ def _variant(
 ) -> Variant:
     function = KERNELS[kernel]
     widths = widths_of(width, width)
+    tma = width == widths[1]
     blocks = choose_blocks(kernel, widths[1], biases=any(biases), wide=dtype == "fp32", short=short)
     constants = {
         "WIDTHS": widths,
@@ -60,10 +61,17 @@ def _variant(
         "GRADS": biases,
         "BUCKETS": NUM_BUCKET_SUMS,
         "ATOMIC": atomic,
+        "TMA": tma,
         "FAST": dtype != "fp32",
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
     }
+    if not tma:
+        constants |= dict.fromkeys(("q_rows", "k_rows", "v_rows", "grad_out_rows"))
     types = {name: _type_of(name, dtype, atomic) for name in function.arg_names if name not in constants}
+    for name in ("q_rows", "k_rows", "v_rows", "grad_out_rows"):
+        if name in types:
+            rows = blocks.rows if kernel == "keys" else blocks.keys
+            types[name] = f"tensordesc<{dtype}[{rows},{width}]>"
     words = [f"d{width}", dtype, *(["biases"] if biases == BOTH else ["position bias"] if any(biases) else [])]
     flags = {"visibility": visibility, "short": short, "atomic": atomic}
     return Variant(
@@ -71,7 +79,7 @@ def _variant(
         kernel=function,
         types=types,
         constants={name: value for name, value in constants.items() if name in function.arg_names},
-        aligned=frozenset(name for name, kind in types.items() if kind != "fp32"),
+        aligned=frozenset(name for name, kind in types.items() if kind[0] in "*i"),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
@@ -86,4 +94,4 @@ def _type_of(name: str, dtype: str, atomic: bool) -> str:
         return "*i32"
     if name in ("position_bias", "time_bias", "position_sums", "time_sums"):
         return "*fp32"
-    return "fp32" if name in ("scale", "inverse_divisor") else "i64"
+    return "fp32" if name in ("half_scale", "inverse_divisor") else "i64"
