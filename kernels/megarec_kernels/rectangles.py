@@ -71,6 +71,14 @@ class Rectangle:
         return (query[:, first:last, None] - key[:, None, :num_keys]).clamp_(min=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RectanglePlan:
+    """Attention of a part of a pack, which `cu_seqlens` is of, as rectangles."""
+
+    cu_seqlens: Tensor
+    tiles: tuple[Rectangle, ...]
+
+
 def plan_rectangles(cu_seqlens: Tensor, query_token: Tensor, key_token: Tensor) -> tuple[Rectangle, ...]:
     """Groups the histories that have a query and a key no later than it; the largest come first.
 

@@ -8,10 +8,11 @@ Padding repeats the last token of its own history, so nothing is ever read from 
 tail. Causal attention then needs no length mask: a padding key comes after every real query of its history.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from megarec_kernels.rectangles import Rectangle
     from megarec_kernels.visibility import Visibility
 
+Made = TypeVar("Made")
 ROWS_PER_BLOCK = 128
 MAX_PAIRS = 1 << 17
 MAX_WASTED_PAIRS = 1 << 15  # what another tile costs, in pairs
@@ -109,24 +111,66 @@ class Tile:
         self.put(rows + self.take(values_NTH), values_NTH)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionPlan:
+class AttentionPlan(Protocol):
     """The tiles of one pack, or the rectangles of a part of it, for the `cu_seqlens` they were made of."""
 
-    cu_seqlens: Tensor
-    tiles: "tuple[Tile | Rectangle, ...]"
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[B + 1]`, where each history begins."""
+
+    @property
+    def tiles(self) -> "Sequence[Tile | Rectangle]":
+        """They are computed one after the other."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TilePlan(AttentionPlan):
-    """The tiles of one pack, the longest history of which has `max_length` tokens."""
+class TilePlan:
+    """How attention goes about one pack; what is made of it is made when first asked for, and kept.
 
-    tiles: tuple[Tile, ...]
-    max_length: int
+    Args:
+        cu_seqlens: as for `plan_tiles`.
+
+    Attributes:
+        cu_seqlens: a copy.
+        bounds: the same on the host.
+        num_tokens: of all histories.
+        max_length: of a history.
+    """
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        check_cu_seqlens(cu_seqlens)
+        self.cu_seqlens = cu_seqlens.clone()
+        self.bounds: list[int] = cu_seqlens.tolist()
+        self.num_tokens = self.bounds[-1]
+        self.max_length = max((last - first for first, last in pairwise(self.bounds)), default=0)
+        self._source, self._version = cu_seqlens, cu_seqlens._version
+        self._made: dict[Hashable, Any] = {}
+
+    @cached_property
+    def tiles(self) -> "tuple[Tile, ...]":
+        """The tiles of the pack, longest histories first."""
+        lengths = [last - first for first, last in pairwise(self.bounds)]
+        sizes = {user: (length, length) for user, length in enumerate(lengths) if length}
+        return tuple(
+            make_tile([(self.bounds[user], lengths[user]) for user in users], self.cu_seqlens.device)
+            for users in group_users(sizes)
+        )
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, called for the first of the layers that ask with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def is_of(self, cu_seqlens: Tensor) -> bool:
+        """Whether it was made of these numbers; asks the device only if it was not made of this very tensor."""
+        if cu_seqlens is self._source and cu_seqlens._version == self._version:
+            return True
+        return torch.equal(self.cu_seqlens, cu_seqlens)
 
 
 def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
-    """Groups the histories of a pack into tiles, longest first.
+    """Plans attention over all tokens of a pack.
 
     A history joins a tile while the tile's padding wastes no more pairs than another tile costs, and one block of rows
     keeps to `MAX_PAIRS` scores per head.
@@ -137,18 +181,7 @@ def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     Raises:
         ValueError: `cu_seqlens` is no such vector.
     """
-    check_cu_seqlens(cu_seqlens)
-    bounds: list[int] = cu_seqlens.tolist()
-    lengths = [last - first for first, last in pairwise(bounds)]
-    sizes = {user: (length, length) for user, length in enumerate(lengths) if length}
-    tiles = [
-        make_tile([(bounds[user], lengths[user]) for user in users], cu_seqlens.device) for users in group_users(sizes)
-    ]
-    return TilePlan(
-        cu_seqlens=cu_seqlens.clone(),
-        max_length=max(lengths, default=0),
-        tiles=tuple(tiles),
-    )
+    return TilePlan(cu_seqlens)
 
 
 def group_users(sizes: dict[int, tuple[int, int]]) -> Iterator[list[int]]:
@@ -207,15 +240,15 @@ def check_jagged_attention(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> N
     for name, value in (("k", k), ("v", v)):
         if value.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {value.dtype}")
-    if int(plan.cu_seqlens[-1]) > q.shape[0]:
-        raise ValueError(f"cu_seqlens ends at {int(plan.cu_seqlens[-1])}, but q has {q.shape[0]} tokens")
+    if plan.num_tokens > q.shape[0]:
+        raise ValueError(f"cu_seqlens ends at {plan.num_tokens}, but q has {q.shape[0]} tokens")
 
 
 def plan_for(cu_seqlens: Tensor, plan: TilePlan | None) -> TilePlan:
     """The given plan if it was made of these `cu_seqlens`, a new one if none is given."""
     if plan is None:
         return plan_tiles(cu_seqlens)
-    if not torch.equal(plan.cu_seqlens, cu_seqlens):
+    if not plan.is_of(cu_seqlens):
         raise ValueError("plan was made of other cu_seqlens")
     return plan
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from megarec_kernels.tiles import Tile, TilePlan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a plan keeps what it made for one, by identity
 class Visibility:
     """Token i of a history sees its tokens `j < seen_before_i` and its tokens `group_first_i <= j <= i`.
 
@@ -75,39 +75,42 @@ def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, 
     )
 
 
-def semi_local(cu_seqlens: Tensor, *, prefix: int, window: int, num_tokens: int) -> Visibility:
-    """Histories of which a token sees the first `prefix` tokens and the last `window`, itself among them.
+def semi_local(cu_seqlens: Tensor, *, num_first: int, num_last: int, num_tokens: int) -> Visibility:
+    """Histories of which a token sees the first `num_first` tokens and the last `num_last`, itself among them.
 
-    Attention then costs `prefix + window` pairs per token, however long a history is.
+    Attention then costs `num_first + num_last` pairs per token, however long a history is.
 
     Source: ULTRA-HSTU (arXiv 2602.16986), semi-local attention.
 
     Args:
         cu_seqlens: `[B + 1]`, where each history begins, in tokens.
-        prefix: tokens that all later ones see.
-        window: at least 1.
+        num_first: tokens that all later ones see.
+        num_last: at least 1.
         num_tokens: T; the tokens behind the last history are dead.
+
+    Raises:
+        ValueError: a number is too small.
     """
-    if prefix < 0 or window < 1:
-        raise ValueError(f"prefix must be at least 0 and window at least 1, got {prefix} and {window}")
+    if num_first < 0 or num_last < 1:
+        raise ValueError(f"num_first must be at least 0 and num_last at least 1, got {num_first} and {num_last}")
     index, _ = _number(cu_seqlens, num_tokens)
     return Visibility(
-        seen_before=(index + 1).clamp(max=prefix), group_first=(index - window + 1).clamp(min=0), place=index
+        seen_before=(index + 1).clamp(max=num_first), group_first=(index - num_last + 1).clamp(min=0), place=index
     )
 
 
-def contextual_prefix(cu_seqlens: Tensor, *, prefix: int, num_tokens: int) -> Visibility:
-    """Histories whose first `prefix` tokens see all of it, later ones too; the others see what is before them.
+def contextual_prefix(cu_seqlens: Tensor, *, num_prefix: int, num_tokens: int) -> Visibility:
+    """Histories whose first `num_prefix` tokens see all of it, later ones too; the others see what is before them.
 
     Through a second layer every token then knows all of its history: for a model that predicts nothing of it.
 
     Source: the contextual features of the public production code of HSTU.
     """
-    if prefix < 0:
-        raise ValueError(f"prefix must be at least 0, got {prefix}")
+    if num_prefix < 0:
+        raise ValueError(f"num_prefix must be at least 0, got {num_prefix}")
     index, length = _number(cu_seqlens, num_tokens)
     return Visibility(
-        seen_before=torch.where(index < prefix, length, index + 1), group_first=torch.zeros_like(index), place=index
+        seen_before=torch.where(index < num_prefix, length, index + 1), group_first=torch.zeros_like(index), place=index
     )
 
 

@@ -43,9 +43,9 @@ VISIBILITIES: dict[str, Callable[[Inputs], Visibility]] = {
     "candidates of two tokens": lambda x: candidate_suffix(
         x["cu_seqlens"], (x["cu_seqlens"].diff() // 2).clamp(max=3), group=2, num_tokens=len(x["q"])
     ),
-    "window": lambda x: semi_local(x["cu_seqlens"], prefix=3, window=9, num_tokens=len(x["q"])),
-    "window of one": lambda x: semi_local(x["cu_seqlens"], prefix=0, window=1, num_tokens=len(x["q"])),
-    "prefix sees all": lambda x: contextual_prefix(x["cu_seqlens"], prefix=4, num_tokens=len(x["q"])),
+    "window": lambda x: semi_local(x["cu_seqlens"], num_first=3, num_last=9, num_tokens=len(x["q"])),
+    "window of one": lambda x: semi_local(x["cu_seqlens"], num_first=0, num_last=1, num_tokens=len(x["q"])),
+    "prefix sees all": lambda x: contextual_prefix(x["cu_seqlens"], num_prefix=4, num_tokens=len(x["q"])),
     "any": random_visibility,
 }
 

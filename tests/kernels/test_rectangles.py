@@ -9,10 +9,10 @@ from megarec_kernels.hstu_attention import bucket_times, hstu_attention
 from megarec_kernels.hstu_attention import cpu as hstu
 from megarec_kernels.hstu_attention.cpu import Bias, HSTUSettings
 from megarec_kernels.hstu_attention.reference import time_bucket
-from megarec_kernels.rectangles import plan_rectangles
+from megarec_kernels.rectangles import RectanglePlan, plan_rectangles
 from megarec_kernels.softmax_attention import rectangle as softmax
 from megarec_kernels.softmax_attention import softmax_attention
-from megarec_kernels.tiles import AttentionPlan, heads_first
+from megarec_kernels.tiles import heads_first
 from megarec_kernels.visibility import Visibility, candidate_suffix
 from test_attention import relative_error
 from torch import Tensor
@@ -126,7 +126,7 @@ def of_rectangles(kind: str, pack: Pack, queries: Tensor, shares: list[Tensor]) 
     out, log_sum = torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -torch.inf)
     extra: list[Tensor | None] = []
     if kind == "hstu":
-        plan = AttentionPlan(cu_seqlens=pack.cu_seqlens, tiles=sum(parts, start=()))
+        plan = RectanglePlan(cu_seqlens=pack.cu_seqlens, tiles=sum(parts, start=()))
         buckets = bucket_times(plan, pack.timestamp, pack.asked, num_buckets=BUCKETS)
         settings = HSTUSettings(scale=SCALE, divisor=1.0, plan=plan, time_buckets=buckets, visibility=pack.visibility)
         bias, ends = Bias(pack.position, pack.time, settings, dtype=q.dtype), [0]

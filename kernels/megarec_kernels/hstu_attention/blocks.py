@@ -17,7 +17,7 @@ class Blocks:
     num_stages: int
 
 
-def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short: bool) -> Blocks:
+def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short: bool, atomic: bool = False) -> Blocks:
     """The blocks of a kernel.
 
     They are the largest whose sums stay in registers: what the compiler spills is measured and bounded without a GPU
@@ -28,6 +28,7 @@ def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short
         width: of a head, the wider of queries and values, rounded up to a power of two.
         biases: whether scores have a bias.
         wide: whether numbers are fp32.
+        atomic: whether the kernel over keys adds to the gradients of queries too.
         short: whether no history has more than `SHORT` tokens.
     """
     if wide:
@@ -36,10 +37,9 @@ def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short
     if kernel == "biases":
         return Blocks(rows=64, keys=64, num_warps=4 if width <= 64 else 8, num_stages=2)
     if kernel == "keys":
-        rows = 64 if width <= 64 or (width <= 128 and not biases) else 32
-        return Blocks(
-            rows=rows, keys=64 if short or width > 128 else 128, num_warps=8, num_stages=3 if rows == 64 else 2
-        )
+        rows = 32 if width > 128 or (width > 64 and (biases or atomic)) else 64
+        keys = 64 if width > 128 or short else 128
+        return Blocks(rows=rows, keys=keys, num_warps=8, num_stages=3 if rows == 64 else 2)
     keys = 64 if width <= 128 else 32
     if short:
         return Blocks(rows=64, keys=keys, num_warps=4, num_stages=2)

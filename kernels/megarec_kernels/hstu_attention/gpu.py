@@ -163,6 +163,7 @@ class _Launch:
             biases=self.has[0] or self.has[1],
             wide=self.inputs[0].dtype == torch.float32,
             short=self.settings.work.max_length <= SHORT,
+            atomic=not self.settings.deterministic,
         )
 
     def _run(self, kernel: Any, blocks: Blocks, num_programs: int, *arguments: Any, **constants: Any) -> None:

@@ -51,7 +51,7 @@ def _variant(
     function = KERNELS[kernel]
     widths = widths_of(width, width)
     tma = width == widths[1]
-    blocks = choose_blocks(kernel, widths[1], biases=any(biases), wide=dtype == "fp32", short=short)
+    blocks = choose_blocks(kernel, widths[1], biases=any(biases), wide=dtype == "fp32", short=short, atomic=atomic)
     constants = {
         "WIDTHS": widths,
         "ROWS": blocks.rows,

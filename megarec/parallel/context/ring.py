@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from megarec_kernels.hstu_attention import cpu as hstu
 from megarec_kernels.hstu_attention.cpu import Bias, HSTUSettings, TimeBuckets
-from megarec_kernels.rectangles import Rectangle, plan_rectangles
+from megarec_kernels.rectangles import RectanglePlan, plan_rectangles
 from megarec_kernels.softmax_attention import rectangle as softmax
-from megarec_kernels.tiles import AttentionPlan, heads_first, tokens_first
+from megarec_kernels.tiles import heads_first, tokens_first
 from megarec_kernels.visibility import Visibility
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,7 +28,7 @@ from megarec.parallel.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class RingPlan(AttentionPlan):
+class RingPlan(RectanglePlan):
     """Who has which tokens of a pack, and what this rank computes in every step.
 
     Attributes:
@@ -37,7 +37,6 @@ class RingPlan(AttentionPlan):
         steps: the numbers of the rectangles of this rank's queries and of the keys that are here in step s.
     """
 
-    tiles: tuple[Rectangle, ...]
     shares: Tensor
     steps: tuple[range, ...]
 
