@@ -78,6 +78,11 @@ class RectanglePlan:
     cu_seqlens: Tensor
     tiles: tuple[Rectangle, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all histories of the pack."""
+        return int(self.cu_seqlens[-1])
+
 
 def plan_rectangles(cu_seqlens: Tensor, query_token: Tensor, key_token: Tensor) -> tuple[Rectangle, ...]:
     """Groups the histories that have a query and a key no later than it; the largest come first.

@@ -119,6 +119,10 @@ class AttentionPlan(Protocol):
         """`[B + 1]`, where each history begins."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all histories; those behind are dead."""
+
+    @property
     def tiles(self) -> "Sequence[Tile | Rectangle]":
         """They are computed one after the other."""
 

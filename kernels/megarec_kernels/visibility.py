@@ -36,10 +36,6 @@ class Visibility:
         place = self.place[tile.token].view(tile.num_users, tile.length)[:, :last]
         return (place[:, first:, None] - place[:, None]).clamp_(min=0)
 
-    def num_places(self, plan: TilePlan) -> int:
-        """One more than the last place of a living token."""
-        return int(self.place[: int(plan.cu_seqlens[-1])].max()) + 1 if len(plan.tiles) else 0
-
 
 def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, num_tokens: int) -> Visibility:
     """Histories that end with candidates, which see the history and themselves, but no other candidate.
@@ -121,19 +117,24 @@ def _number(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return torch.arange(num_tokens, device=bounds.device) - torch.repeat_interleave(bounds[:-1], bounds.diff()), length
 
 
-def check_visibility(visibility: Visibility, plan: TilePlan) -> None:
-    """Refuses a visibility that is of other histories, or in which a token sees a later one.
+def check_visibility(visibility: Visibility, plan: TilePlan) -> tuple[int, bool]:
+    """Refuses a visibility that is of other histories, or in which a token sees more than its own.
+
+    Returns:
+        one more than the last place of a living token, and whether any token sees a later one.
 
     Raises:
         ValueError: names what is wrong.
     """
-    first, lengths = plan.cu_seqlens[:-1], plan.cu_seqlens.diff()
-    index = torch.arange(int(plan.cu_seqlens[-1]), device=lengths.device) - first.repeat_interleave(lengths)
+    index, lengths = _number(plan.cu_seqlens, plan.num_tokens)
     for name, value in vars(visibility).items():
         if value.dtype != torch.int64 or value.dim() != 1 or len(value) < len(index):
             raise ValueError(f"visibility.{name} must be int64 [T], got {value.dtype} {list(value.shape)}")
     seen_before, group_first, place = (value[: len(index)] for value in vars(visibility).values())
-    if bool((seen_before > index + 1).any()) or bool((group_first > index).any()):
-        raise ValueError("visibility lets a token see a later one, or hides it from itself")
-    if len(index) and min(int(seen_before.min()), int(group_first.min()), int(place.min())) < 0:
+    if bool((seen_before > lengths).any()) or bool((group_first > index).any()):
+        raise ValueError("visibility lets a token see more than its history, or hides it from itself")
+    if not len(index):
+        return 0, False
+    if min(int(seen_before.min()), int(group_first.min()), int(place.min())) < 0:
         raise ValueError("visibility has a negative number")
+    return int(place.max()) + 1, bool((seen_before > index + 1).any())

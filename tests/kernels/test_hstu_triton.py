@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from megarec_kernels.hstu_attention import bucket_times
 from megarec_kernels.hstu_attention.reference import hstu_attention_reference, time_bucket
+from megarec_kernels.tiles import plan_tiles
 from megarec_kernels.visibility import Visibility, candidate_suffix, contextual_prefix, semi_local
 from test_attention import (
     DIVISOR,
@@ -25,7 +27,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 from megarec_kernels.hstu_attention import gpu
 from megarec_kernels.hstu_attention.blocks import Blocks
-from megarec_kernels.hstu_attention.work import Work, order_tasks, pair_times, reach_of_keys, time_cells
+from megarec_kernels.hstu_attention.times import time_cells
+from megarec_kernels.hstu_attention.work import order_tasks, reach_of_keys
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -76,13 +79,16 @@ def attend(
     scale: float = SCALE,
 ) -> Tensor:
     moved = {name: value.to(DEVICE) for name, value in x.items()}
-    times = None
-    if time:
-        times = pair_times(moved["cu_seqlens"], moved["timestamp"], moved["query_timestamp"], num_buckets=NUM_BUCKETS)
-    work = Work(moved["cu_seqlens"], device=DEVICE, times=times, visibility=visibility)
-    settings = gpu.GpuSettings(scale=scale, divisor=DIVISOR, work=work, deterministic=deterministic)
-    biases = moved["position_bias"] if position else None, moved["time_bias"] if time else None
-    out: Tensor = gpu.TritonHSTUAttention.apply(moved["q"], moved["k"], moved["v"], *biases, settings)
+    plan = plan_tiles(moved["cu_seqlens"])
+    buckets = bucket_times(plan, moved["timestamp"], moved["query_timestamp"], num_buckets=NUM_BUCKETS)
+    out = gpu.attend(
+        (moved["q"], moved["k"], moved["v"]),
+        (moved["position_bias"] if position else None, moved["time_bias"] if time else None),
+        (plan, buckets if time else None, visibility),
+        scale=scale,
+        divisor=DIVISOR,
+        deterministic=deterministic,
+    )
     return out.to(x["q"].device)
 
 
@@ -216,7 +222,7 @@ def test_a_planted_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
     elif fault == "a block of keys":
         monkeypatch.setattr("megarec_kernels.hstu_attention.work.order_tasks", lambda *a, **k: order_tasks(*a, **k)[1:])
     elif fault == "the bucket of a cell":
-        monkeypatch.setattr("megarec_kernels.hstu_attention.work.time_cells", lambda n: time_cells(n).roll(4))
+        monkeypatch.setattr("megarec_kernels.hstu_attention.times.time_cells", lambda n: time_cells(n).roll(4))
     else:
         monkeypatch.setattr(
             "megarec_kernels.hstu_attention.work.reach_of_keys", lambda *a, **k: reach_of_keys(*a, **k) * 0

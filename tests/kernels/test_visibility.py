@@ -218,7 +218,7 @@ def test_a_position_bias_needs_the_places_that_are_used_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seen_before": torch.tensor([1, 3, 3])}, "a later one"),
+        ({"seen_before": torch.tensor([1, 4, 3])}, "more than its history"),
         ({"group_first": torch.tensor([0, 1, 3])}, "hides it from itself"),
         ({"place": torch.tensor([0, 1, -1])}, "negative"),
         ({"group_first": torch.tensor([0, -1, 2])}, "negative"),

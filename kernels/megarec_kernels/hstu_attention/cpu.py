@@ -8,52 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarec_kernels.hstu_attention.times import TimeBuckets
 from megarec_kernels.tiles import AttentionPlan, heads_first, tokens_first
 from megarec_kernels.visibility import Visibility
-
-LOG_WIDTH = 0.301  # of a time bucket: a factor of 1.35
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeBuckets:
-    """The time bucket of every causal pair of a pack, per tile and block of rows: `[num_users, rows, keys]`."""
-
-    num_buckets: int
-    blocks: tuple[tuple[Tensor, ...], ...]
-
-
-def bucket_times(plan: AttentionPlan, timestamp: Tensor, query_timestamp: Tensor, *, num_buckets: int) -> TimeBuckets:
-    """Sorts the time between every query and key into buckets, once per pack; all layers share the result.
-
-    `bucket(x) = clamp(int(log(max(1, |x|)) / 0.301), 0, num_buckets)` with x = query time - key time, in seconds.
-
-    Args:
-        plan: the tiles of the pack.
-        timestamp: `[T]` int64, when the event happened, seconds.
-        query_timestamp: `[T]` int64, the time at which the query at that token asks, seconds.
-        num_buckets: the last bucket; at most 255 keeps one byte per pair.
-
-    Raises:
-        ValueError: a shape or dtype is wrong; names the argument.
-    """
-    for name, value in (("timestamp", timestamp), ("query_timestamp", query_timestamp)):
-        if value.dtype != torch.int64 or value.dim() != 1 or len(value) < int(plan.cu_seqlens[-1]):
-            raise ValueError(f"{name} must be int64 [T], got {value.dtype} {list(value.shape)}")
-    dtype = torch.uint8 if num_buckets <= 255 else torch.int32
-    blocks = []
-    for tile in plan.tiles:
-        asked, happened = query_timestamp[tile.query_token], timestamp[tile.key_token]
-        blocks.append(
-            tuple(
-                _bucket(asked[:, first:last, None] - happened[:, None, :num_keys], num_buckets).to(dtype)
-                for first, last, num_keys in tile.row_blocks()
-            )
-        )
-    return TimeBuckets(num_buckets=num_buckets, blocks=tuple(blocks))
-
-
-def _bucket(seconds: Tensor, num_buckets: int) -> Tensor:
-    return seconds.abs_().clamp_(min=1).double().log_().div_(LOG_WIDTH).clamp_(max=num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megarec_kernels.hstu_attention.backward import biases_kernel, keys_kernel, queries_kernel
 from megarec_kernels.hstu_attention.blocks import SHORT, Blocks, Kernel, choose_blocks
 from megarec_kernels.hstu_attention.forward import forward_kernel
+from megarec_kernels.hstu_attention.times import TimeBuckets
 from megarec_kernels.hstu_attention.work import Work
+from megarec_kernels.tiles import TilePlan
+from megarec_kernels.visibility import Visibility
 
 NUM_BUCKET_SUMS = 128  # 2^31 seconds are in bucket 71
 
@@ -32,6 +35,26 @@ class GpuSettings:
     divisor: float
     work: Work
     deterministic: bool
+
+
+def attend(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    pack: tuple[TilePlan, TimeBuckets | None, Visibility | None],
+    *,
+    scale: float,
+    divisor: float,
+    deterministic: bool,
+) -> Tensor:
+    """As `hstu_attention`: of q, k, v, the position and the time bias, and what is known of the pack."""
+    plan, time_buckets, visibility = pack
+    work = plan.once(
+        ("work", time_buckets, visibility),
+        lambda: Work(plan, times=None if time_buckets is None else time_buckets.of_tokens, visibility=visibility),
+    )
+    settings = GpuSettings(scale=scale, divisor=divisor, work=work, deterministic=deterministic)
+    out: Tensor = TritonHSTUAttention.apply(*inputs, *biases, settings)
+    return out
 
 
 class TritonHSTUAttention(torch.autograd.Function):

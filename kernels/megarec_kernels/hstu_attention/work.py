@@ -1,45 +1,23 @@
 """What the Triton kernels are launched with, made once per pack: programs in a good order, and times as cells."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megarec_kernels.hstu_attention.reference import time_bucket
+from megarec_kernels.hstu_attention.times import PairTimes
+from megarec_kernels.tiles import TilePlan
 from megarec_kernels.visibility import Visibility
-
-FARTHEST = (1 << 30) - 1  # seconds from the first event of a history, 34 years: a difference of two fits in 31 bits
-NUM_CELLS = 249  # cells of [1, 2^31]: eighths of octaves
-NEVER = (1 << 31) - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairTimes:
-    """The times of a pack as the kernels take them, from which they find the bucket of any pair.
-
-    Attributes:
-        num_buckets: the last bucket.
-        cells: `time_cells(num_buckets)`.
-        asked: `[T]` int32, when the query at that token asks, in seconds from the first event of its history.
-        happened: `[T]` int32, when the event happened, likewise.
-    """
-
-    num_buckets: int
-    cells: Tensor
-    asked: Tensor
-    happened: Tensor
 
 
 class Work:
     """What the kernels read besides `q`, `k`, `v` and the biases; made once per pack and shared by all layers.
 
     Args:
-        cu_seqlens: `[B + 1]`, where each history begins.
-        device: where the kernels run.
-        times: the table of `time_cells` and both times of every token from `relative_times`; None without a time bias.
+        plan: of the pack.
+        times: when the tokens of the pack ask and happened; None without a time bias.
         visibility: which tokens a token sees; None: all before it.
 
     Attributes:
@@ -52,14 +30,10 @@ class Work:
             `seen_before`, `group_first`, `place` of the visibility.
     """
 
-    def __init__(
-        self, cu_seqlens: Tensor, *, device: torch.device, times: PairTimes | None, visibility: Visibility | None
-    ) -> None:
-        self.bounds: list[int] = cu_seqlens.tolist()
-        self.device = device
+    def __init__(self, plan: TilePlan, *, times: PairTimes | None, visibility: Visibility | None) -> None:
+        self.bounds, self.device = plan.bounds, plan.cu_seqlens.device
         self.visibility = visibility
-        self.num_tokens = self.bounds[-1]
-        self.max_length = max((b - a for a, b in pairwise(self.bounds)), default=0)
+        self.num_tokens, self.max_length = plan.num_tokens, plan.max_length
         self.cells = None if times is None else times.cells
         self.num_places = self.max_length
         self.seen_before = self.group_first = self.place = None
@@ -70,7 +44,7 @@ class Work:
             self.num_places = max(self.max_length, int(places.max()) + 1 if len(places) else 0)
         times_of_tokens = (None, None) if times is None else (times.asked, times.happened)
         self.token_facts = *times_of_tokens, self.seen_before, self.group_first, self.place
-        self.unread = torch.zeros(1, dtype=torch.int64, device=device)
+        self.unread = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._made: dict[tuple[object, ...], Tensor] = {}
 
     def tasks(self, kind: Literal["queries", "keys"], num_heads: int, block: int) -> Tensor:
@@ -126,48 +100,6 @@ def order_tasks(cu_seqlens: list[int], *, num_heads: int, block: int, last_first
     if last_first:
         number = blocks[user] - 1 - number
     return torch.stack([starts[order][user], lengths[order][user], number, head], dim=1)
-
-
-def time_cells(num_buckets: int) -> Tensor:
-    """The table by which a kernel finds the bucket of up to 2^31 - 2 seconds without a logarithm, `[NUM_CELLS]` int64.
-
-    A cell holds the whole numbers whose fp32 forms share the exponent and the first three bits behind it. It is
-    narrower than a bucket, so at most one bucket begins inside it. An entry is the bucket of the cell's least number,
-    and, shifted by 32 bits, the number at which the next one begins.
-    """
-    edge = torch.arange(NUM_CELLS, dtype=torch.int32).add_(127 << 3).bitwise_left_shift_(20).view(torch.float32)
-    # Numbers a little below an edge round up to it, by at most half of 128 below 2^31.
-    near = edge.double().ceil().long()[:, None] + torch.arange(-64, 1)
-    belongs = near.float() >= edge[:, None]
-    least = torch.where(belongs, near, NEVER).amin(dim=1)
-    bucket = time_bucket(least, num_buckets)
-    begins = (0.301 * torch.arange(1, num_buckets + 2, dtype=torch.float64)).exp().clamp(max=2.0**32)
-    near = begins.long()[:, None] + torch.arange(-2, 3)  # the logarithm of a whole number may round either way
-    reached = time_bucket(near, num_buckets + 1) >= torch.arange(1, num_buckets + 2)[:, None]
-    begins = torch.where(reached, near, 1 << 40).amin(dim=1).clamp(max=NEVER)
-    following = torch.where(bucket < num_buckets, begins[bucket.clamp(max=num_buckets)], NEVER)
-    return bucket | (following << 32)
-
-
-def pair_times(cu_seqlens: Tensor, timestamp: Tensor, query_timestamp: Tensor, *, num_buckets: int) -> PairTimes:
-    """Both times in seconds from the first event of their history; dead tokens get 0.
-
-    Raises:
-        ValueError: a history spans more than 34 years.
-    """
-    num_tokens = int(cu_seqlens[-1])
-    first = timestamp[cu_seqlens[:-1].clamp(max=max(num_tokens - 1, 0))] if num_tokens else timestamp[:0]
-    history = torch.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
-    relative = []
-    for value in (query_timestamp, timestamp):
-        seconds = torch.zeros_like(value)
-        seconds[:num_tokens] = value[:num_tokens] - first[history]
-        relative.append(seconds)
-    if num_tokens and max(int(seconds.abs().max()) for seconds in relative) > FARTHEST:
-        raise ValueError("timestamp: a history spans more than 2^30 seconds, 34 years; are they milliseconds?")
-    asked, happened = (seconds.int() for seconds in relative)
-    cells = time_cells(num_buckets).to(timestamp.device)
-    return PairTimes(num_buckets=num_buckets, cells=cells, asked=asked, happened=happened)
 
 
 def reach_of_keys(tasks: Tensor, visibility: Visibility, *, block: int, rows: int) -> Tensor:

@@ -50,7 +50,8 @@ def softmax_attention(
     if v.shape != q.shape:
         raise ValueError(f"v must have the shape of q, {list(q.shape)}, got {list(v.shape)}")
     if visibility is not None:
-        check_visibility(visibility, plan)
+        seen = visibility
+        plan.once(("places", seen), lambda: check_visibility(seen, plan))
     if q.device.type != "cpu" or weigh is not None:
         return attend_tiles(q, k, v, scale=scale, plan=plan, visibility=visibility, weigh=weigh)
     return JaggedSoftmaxAttention.apply(q, k, v, scale, plan, visibility)

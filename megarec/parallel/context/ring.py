@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megarec_kernels.hstu_attention import cpu as hstu
-from megarec_kernels.hstu_attention.cpu import Bias, HSTUSettings, TimeBuckets
+from megarec_kernels.hstu_attention.cpu import Bias, HSTUSettings
+from megarec_kernels.hstu_attention.times import TimeBuckets
 from megarec_kernels.rectangles import RectanglePlan, plan_rectangles
 from megarec_kernels.softmax_attention import rectangle as softmax
 from megarec_kernels.tiles import heads_first, tokens_first
