@@ -117,3 +117,8 @@ def draw_inputs(case: Case, *, device: torch.device, dtype: torch.dtype, seed: i
     generator = torch.Generator(device).manual_seed(seed)
     inputs = case.make_inputs(Draw(device=device, dtype=dtype, generator=generator))
     return inputs | {name: inputs[name].requires_grad_() for name in case.gradients}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

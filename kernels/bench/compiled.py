@@ -18,9 +18,8 @@ def compiled(method: Method) -> Method:
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise NotImplementedError("TORCHDYNAMO_DISABLE=1 turns torch.compile off")
         try:
-            return program(inputs)
+            return torch.compile(method)(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise NotImplementedError(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
 
-    program = torch.compile(method)
     return call

@@ -1,0 +1,108 @@
+"""Measurements that need a process of their own: peak memory on a CPU, and how long a first step takes.
+
+The process is `python kernels/bench --alone TASK` with the task as JSON; it prints one line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kernels.bench.cases import all_cases, draw_inputs
+from kernels.bench.clock import wait_for
+from kernels.bench.gate import run_method
+from kernels.bench.peers import load_peers
+
+COMPILER_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One method at one shape, to run once in a fresh process.
+
+    Attributes:
+        what: `peak`: the memory that forward and backward need; `first_step`: when they end; `nothing`: when a process
+            that only imports, draws the inputs and multiplies ends.
+        op: the op.
+        case: its name.
+        method: the method's name; for `beside` the other case's.
+        dtype: such as `float32`.
+        device: `cpu` or `cuda`.
+        seed: of the inputs.
+        threads: of torch on the CPU.
+        peers: the files that were given.
+    """
+
+    what: Literal["peak", "first_step", "nothing"]
+    op: str
+    case: str
+    method: str
+    dtype: str
+    device: str
+    seed: int
+    threads: int
+    peers: tuple[str, ...] = ()
+
+
+def run_alone(task: Task, environment: Mapping[str, str] | None = None) -> float:
+    """MiB of peak memory, or seconds from launch, by a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; its last line.
+    """
+    command = [sys.executable, str(Path(__file__).parent), "--alone", json.dumps(asdict(task))]
+    started = time.monotonic()
+    done = subprocess.run(
+        command, env=os.environ | dict(environment or {}), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"in a process of its own: {last}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return float(found["mib"] if task.what == "peak" else found["finished"] - started)
+
+
+def measure_first_steps(task: Task) -> dict[str, float]:
+    """Seconds from launch to the end of the first forward and backward, without and with compiled kernels on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: f"{folder}/{name}" for name in COMPILER_CACHES}
+        first_step = Task(**vars(task) | {"what": "first_step"})
+        return {
+            "nothing": run_alone(Task(**vars(task) | {"what": "nothing"}), caches),
+            "cold": run_alone(first_step, caches),
+            "warm": run_alone(first_step, caches),
+        }
+
+
+def perform(text: str) -> None:
+    """What the fresh process does with its task, given as JSON; prints what it found."""
+    task = Task(**json.loads(text))
+    torch.set_num_threads(task.threads)
+    device, dtype = torch.device(task.device), getattr(torch, task.dtype)
+    cases = all_cases()
+    case = next(case for case in cases[task.op] if case.name == task.case)
+    methods = {**case.ours, **case.baselines, **load_peers(task.peers, cases).get(task.op, {})}
+    if task.method in case.beside:
+        case = case.beside[task.method]
+        methods[task.method] = next(iter(case.ours.values()))
+    inputs = draw_inputs(case, device=device, dtype=dtype, seed=task.seed)
+    torch.mm(torch.ones(64, 64, device=device), torch.ones(64, 64, device=device))
+    before = _peak_bytes()
+    if task.what != "nothing":
+        run_method(methods[task.method], inputs, case.gradients)
+    wait_for(device)
+    print(json.dumps({"mib": (_peak_bytes() - before) / 2**20, "finished": time.monotonic()}))
+
+
+def _peak_bytes() -> int:
+    """Of this process's own memory: `getrusage` would start from what its parent held when it was made."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
