@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +29,7 @@ class Task:
     """One method at one shape, to run once in a fresh process.
 
     Attributes:
-        what: `peak`: the memory that forward and backward need; `first_step`: when they end; `nothing`: when a process
-            that only imports, draws the inputs and multiplies ends.
+        runs: the method's forward and backward; or `nothing`, after imports, inputs and a small product.
         op: the op.
         case: its name.
         method: the method's name; for `beside` the other case's.
@@ -41,7 +40,7 @@ class Task:
         peers: the files that were given.
     """
 
-    what: Literal["peak", "first_step", "nothing"]
+    runs: Literal["method", "nothing"]
     op: str
     case: str
     method: str
@@ -52,8 +51,8 @@ class Task:
     peers: tuple[str, ...] = ()
 
 
-def run_alone(task: Task, environment: Mapping[str, str] | None = None) -> float:
-    """MiB of peak memory, or seconds from launch, by a fresh process.
+def run_alone(task: Task, environment: Mapping[str, str] | None = None) -> dict[str, float | None]:
+    """By a fresh process: `mib` of peak memory, None if it compiled something, and `seconds` from launch to the end.
 
     Raises:
         RuntimeError: the process failed; its last line.
@@ -67,18 +66,17 @@ def run_alone(task: Task, environment: Mapping[str, str] | None = None) -> float
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"in a process of its own: {last}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return float(found["mib"] if task.what == "peak" else found["finished"] - started)
+    return {"mib": found["mib"], "seconds": found["finished"] - started}
 
 
 def measure_first_steps(task: Task) -> dict[str, float]:
     """Seconds from launch to the end of the first forward and backward, without and with compiled kernels on disk."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in COMPILER_CACHES}
-        first_step = Task(**vars(task) | {"what": "first_step"})
+        steps = {"nothing": "nothing", "cold": "method", "warm": "method"}
         return {
-            "nothing": run_alone(Task(**vars(task) | {"what": "nothing"}), caches),
-            "cold": run_alone(first_step, caches),
-            "warm": run_alone(first_step, caches),
+            name: float(run_alone(replace(task, runs=runs), caches)["seconds"] or 0.0)  # type: ignore[arg-type]
+            for name, runs in steps.items()
         }
 
 
@@ -96,10 +94,12 @@ def perform(text: str) -> None:
     inputs = draw_inputs(case, device=device, dtype=dtype, seed=task.seed)
     torch.mm(torch.ones(64, 64, device=device), torch.ones(64, 64, device=device))
     before = _peak_bytes()
-    if task.what != "nothing":
+    if task.runs == "method":
         run_method(methods[task.method], inputs, case.gradients)
     wait_for(device)
-    print(json.dumps({"mib": (_peak_bytes() - before) / 2**20, "finished": time.monotonic()}))
+    finished = time.monotonic()
+    compiled = "torch._inductor.compile_fx" in sys.modules  # its own memory would count
+    print(json.dumps({"mib": None if compiled else (_peak_bytes() - before) / 2**20, "finished": finished}))
 
 
 def _peak_bytes() -> int:

@@ -57,13 +57,13 @@ def by_history(reference: Callable[..., Tensor], tokenwise: Sequence[str]) -> Me
 
     Args:
         reference: `reference(inputs) -> [T, ...]` for inputs that hold one history.
-        tokenwise: the inputs that have one row per token.
+        tokenwise: the inputs that have one row per token, or are None.
     """
 
     def method(inputs: Inputs) -> Tensor:
         outputs = []
         for first, last in pairwise(inputs["cu_seqlens"].tolist()):
-            own = inputs | {name: inputs[name][first:last] for name in tokenwise}
+            own = inputs | {name: inputs[name][first:last] for name in tokenwise if inputs[name] is not None}
             own["cu_seqlens"] = torch.tensor([0, last - first], device=inputs["cu_seqlens"].device)
             outputs.append(checkpoint(reference, own, use_reentrant=False))
         return torch.cat(outputs)
@@ -71,14 +71,23 @@ def by_history(reference: Callable[..., Tensor], tokenwise: Sequence[str]) -> Me
     return method
 
 
-def pad_histories(values: Tensor, real: Tensor) -> Tensor:
-    """`[T, ...]` to `[B, longest, ...]` with zeros; `real` `[B, longest]` says where tokens are."""
-    return values.new_zeros(*real.shape, *values.shape[1:]).index_put((real,), values)
+def prepare_padding(inputs: Inputs) -> Inputs:
+    """The inputs with the rows `[T]` of the tokens among `B * max_length` padded ones; made once and kept."""
+    if "padded_rows" not in inputs:
+        lengths, first = inputs["cu_seqlens"].diff(), inputs["cu_seqlens"][:-1]
+        user = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        place = torch.arange(len(user), device=lengths.device) - first[user]
+        inputs["padded_rows"] = user * inputs["max_length"] + place
+    return inputs
 
 
-def real_rows(inputs: Inputs) -> Tensor:
-    """`[B, longest]` bool, where the padded histories have tokens; made once and kept."""
-    if "real_rows" not in inputs:
-        lengths = inputs["cu_seqlens"].diff()
-        inputs["real_rows"] = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    return inputs["real_rows"]
+def pad_histories(values: Tensor, inputs: Inputs) -> Tensor:
+    """`[T, ...]` to `[B, max_length, ...]` with zeros."""
+    num_users, longest = len(inputs["cu_seqlens"]) - 1, inputs["max_length"]
+    padded = values.new_zeros(num_users * longest, *values.shape[1:])
+    return padded.index_copy(0, inputs["padded_rows"], values).view(num_users, longest, *values.shape[1:])
+
+
+def unpad_histories(padded: Tensor, inputs: Inputs) -> Tensor:
+    """The way back of `pad_histories`."""
+    return padded.flatten(0, 1).index_select(0, inputs["padded_rows"])

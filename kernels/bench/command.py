@@ -194,11 +194,11 @@ def measure_all(args: argparse.Namespace, chosen: list[tuple[str, Case]], peers:
 def measure_alone(row: Row, args: argparse.Namespace) -> None:
     """Peak memory on a CPU and the first step, into the row."""
     task = Task(
-        what="peak", op=row.op, case=row.case, method=row.method, dtype=row.dtype, device=args.device, seed=args.seed,
+        runs="method", op=row.op, case=row.case, method=row.method, dtype=row.dtype, device=args.device, seed=args.seed,
         threads=torch.get_num_threads(), peers=tuple(args.peer),
     )  # fmt: skip
     if args.device == "cpu" and not args.no_memory:
-        row.peak_mib = run_alone(task)
+        row.peak_mib = run_alone(task)["mib"]
     if args.first_step and row.kind == "ours":
         row.first_step_s = measure_first_steps(task)
 

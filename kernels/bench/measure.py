@@ -1,6 +1,7 @@
 """Measures a case: all gates first, then the times of what is green, in turns."""
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def free_memory() -> None:
 
 @contextmanager
 def failures_in(row: Row) -> Iterator[None]:
-    """What a method raises becomes the words of its row; the run goes on."""
+    """What a method raises becomes the words of its row; the run goes on, the traceback is on stderr."""
     try:
         yield
     except NotImplementedError as error:
@@ -177,6 +178,7 @@ def failures_in(row: Row) -> Iterator[None]:
     except torch.OutOfMemoryError:
         row.fail("failed", "out of memory")
     except Exception as error:  # whatever a kernel does, the other rows are worth having
+        traceback.print_exc()
         row.fail("failed", f"{type(error).__name__}: {_first_line(error)}")
 
 

@@ -16,7 +16,8 @@ from kernels.bench.attention import (
     cu_seqlens_of,
     eighth_lengths,
     pad_histories,
-    real_rows,
+    prepare_padding,
+    unpad_histories,
     zipf_lengths,
 )
 from kernels.bench.cases import Case, Draw, Inputs
@@ -67,9 +68,9 @@ def _case(name: str, sets: set[str], lengths: list[int], *, heads: int, width: i
         name=f"{name} biases" if biases else name,
         sets=frozenset(sets),
         make_inputs=make_inputs,
-        truth=by_history(_reference, TOKENWISE),
+        truth=attend_by_history,
         ours={"ours": _ours, "ours atomic": _ours_atomic},
-        baselines={"eager padded": _padded, "torch.compile padded": compiled(_padded)},
+        baselines={"eager padded": _padded, "torch.compile padded": compiled(attend_padded, prepare_padded)},
         gradients=("q", "k", "v", "position_bias", "time_bias") if biases else ("q", "k", "v"),
         work=lambda x: attention_work(x["q"], x["v"], x["cu_seqlens"]),
     )
@@ -86,6 +87,11 @@ def _ours_atomic(inputs: Inputs) -> Tensor:
     return _ours(inputs, deterministic=False)
 
 
+def attend_by_history(inputs: Inputs) -> Tensor:
+    """The reference, one history after the other."""
+    return by_history(_reference, TOKENWISE)(inputs)
+
+
 def _reference(inputs: Inputs) -> Tensor:
     return hstu_attention_reference(*(inputs[name] for name in ARGUMENTS), **_settings(inputs))
 
@@ -95,18 +101,27 @@ def _settings(inputs: Inputs) -> dict[str, Any]:
 
 
 def _padded(inputs: Inputs) -> Tensor:
+    return attend_padded(prepare_padded(inputs))
+
+
+def prepare_padded(inputs: Inputs) -> Inputs:
+    """Makes once what `attend_padded` needs besides the inputs."""
+    prepare_padding(inputs)
+    if inputs["time_bias"] is not None and "padded_buckets" not in inputs:
+        asked, happened = (pad_histories(inputs[name], inputs) for name in ("query_timestamp", "timestamp"))
+        inputs["padded_buckets"] = time_bucket(asked[:, :, None] - happened[:, None, :], NUM_BUCKETS)
+    return inputs
+
+
+def attend_padded(inputs: Inputs) -> Tensor:
     """As the public code without kernels: all histories padded to the longest, all scores at once, autograd."""
-    real = real_rows(inputs)
-    q, k, v = (pad_histories(inputs[name], real).transpose(1, 2) for name in "qkv")
-    row = torch.arange(real.shape[1], device=q.device)
+    q, k, v = (pad_histories(inputs[name], inputs).transpose(1, 2) for name in "qkv")
+    row = torch.arange(inputs["max_length"], device=q.device)
     distance = row[:, None] - row[None, :]
     scores = inputs["scale"] * (q @ k.transpose(2, 3))
     if inputs["position_bias"] is not None:
         scores = scores + inputs["position_bias"][distance.clamp(min=0)]
     if inputs["time_bias"] is not None:
-        if "padded_buckets" not in inputs:
-            asked, happened = (pad_histories(inputs[name], real) for name in ("query_timestamp", "timestamp"))
-            inputs["padded_buckets"] = time_bucket(asked[:, :, None] - happened[:, None, :], NUM_BUCKETS)
         scores = scores + inputs["time_bias"][inputs["padded_buckets"]][:, None]
     weights = F.silu(scores) * (distance >= 0) / inputs["divisor"]
-    return (weights @ v).transpose(1, 2)[real]
+    return unpad_histories((weights @ v).transpose(1, 2), inputs)

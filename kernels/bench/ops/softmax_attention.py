@@ -15,7 +15,8 @@ from kernels.bench.attention import (
     cu_seqlens_of,
     eighth_lengths,
     pad_histories,
-    real_rows,
+    prepare_padding,
+    unpad_histories,
     zipf_lengths,
 )
 from kernels.bench.cases import Case, Draw, Inputs
@@ -45,14 +46,14 @@ def _case(name: str, sets: set[str], lengths: list[int], *, heads: int, width: i
         name=name,
         sets=frozenset(sets),
         make_inputs=make_inputs,
-        truth=by_history(_reference, "qkv"),
+        truth=attend_by_history,
         ours={"ours": _ours},
         baselines={
             "eager padded": _padded,
-            "torch.compile padded": compiled(_padded),
+            "torch.compile padded": compiled(attend_padded, prepare_padding),
             "SDPA padded": _padded_sdpa,
             "SDPA nested": _nested_sdpa,
-            "FlexAttention": _flex,
+            "FlexAttention": compiled(_attend_flex, _prepare_flex),
         },
         gradients=("q", "k", "v"),
         work=lambda x: attention_work(x["q"], x["v"], x["cu_seqlens"]),
@@ -64,24 +65,33 @@ def _ours(inputs: Inputs) -> Tensor:
     return softmax_attention(*(inputs[name] for name in ARGUMENTS), scale=inputs["scale"], plan=plan)
 
 
+def attend_by_history(inputs: Inputs) -> Tensor:
+    """The reference, one history after the other."""
+    return by_history(_reference, "qkv")(inputs)
+
+
 def _reference(inputs: Inputs) -> Tensor:
     return softmax_attention_reference(*(inputs[name] for name in ARGUMENTS), scale=inputs["scale"])
 
 
 def _padded(inputs: Inputs) -> Tensor:
+    return attend_padded(prepare_padding(inputs))
+
+
+def attend_padded(inputs: Inputs) -> Tensor:
     """All histories padded to the longest, all scores at once, autograd."""
-    real = real_rows(inputs)
-    q, k, v = (pad_histories(inputs[name], real).transpose(1, 2) for name in "qkv")
-    later = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    q, k, v = (pad_histories(inputs[name], inputs).transpose(1, 2) for name in "qkv")
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = inputs["scale"] * (q @ k.transpose(2, 3))
-    return (scores.masked_fill(later, -torch.inf).softmax(dim=3) @ v).transpose(1, 2)[real]
+    weights = scores.masked_fill(later, -torch.inf).softmax(dim=3)
+    return unpad_histories((weights @ v).transpose(1, 2), inputs)
 
 
 def _padded_sdpa(inputs: Inputs) -> Tensor:
-    real = real_rows(inputs)
-    q, k, v = (pad_histories(inputs[name], real).transpose(1, 2) for name in "qkv")
+    prepare_padding(inputs)
+    q, k, v = (pad_histories(inputs[name], inputs).transpose(1, 2) for name in "qkv")
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs["scale"])
-    return out.transpose(1, 2)[real]
+    return unpad_histories(out.transpose(1, 2), inputs)
 
 
 def _nested_sdpa(inputs: Inputs) -> Tensor:
@@ -94,15 +104,14 @@ def _nested_sdpa(inputs: Inputs) -> Tensor:
     return out.transpose(1, 2).values()
 
 
-def _flex(inputs: Inputs) -> Tensor:
-    """FlexAttention over the pack with a mask of whole histories; it has no backward on a CPU."""
+def _prepare_flex(inputs: Inputs) -> Inputs:
+    """A mask of the blocks in which tokens of one history meet; without backward on a CPU it is of no use here."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if inputs["q"].device.type != "cuda":
         raise NotImplementedError("FlexAttention has no backward on a CPU")
     if "block_mask" not in inputs:
-        num_tokens = len(inputs["q"])
-        lengths = inputs["cu_seqlens"].diff()
+        num_tokens, lengths = len(inputs["q"]), inputs["cu_seqlens"].diff()
         user = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
         def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -111,15 +120,12 @@ def _flex(inputs: Inputs) -> Tensor:
         inputs["block_mask"] = create_block_mask(
             seen, None, None, num_tokens, num_tokens, device=lengths.device, _compile=True
         )
-    return _compiled_flex(inputs)  # type: ignore[return-value]
+    return inputs
 
 
-def _call_flex(inputs: Inputs) -> Tensor:
+def _attend_flex(inputs: Inputs) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (inputs[name].transpose(0, 1).unsqueeze(0) for name in "qkv")
     out = flex_attention(q, k, v, block_mask=inputs["block_mask"], scale=inputs["scale"])
     return out.squeeze(0).transpose(0, 1)
-
-
-_compiled_flex = compiled(_call_flex)
