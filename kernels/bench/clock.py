@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -10,6 +11,8 @@ FLUSHED_BYTES = 1 << 29  # more than any L2 holds, and longer than what a launch
 SLICE_SECONDS = 0.05
 MAX_CALLS_IN_A_ROUND = 20
 LEAST_ROUNDS = 3
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
+    calls: Mapping[Key, Callable[[], object]], *, device: torch.device, seconds: float
+) -> dict[Key, list[float]]:
     """Milliseconds of single calls. In every round each method has its turn, so that noise hits all alike.
 
     A turn is as many calls as fit 50 ms, 20 at most; rounds go on for `seconds` times the number of methods, three at
@@ -67,7 +70,7 @@ def time_in_turns(
         took = time.perf_counter() - started
         turns[name] = max(1, min(MAX_CALLS_IN_A_ROUND, int(SLICE_SECONDS / max(took, 1e-9))))
     time_calls = _time_on_cuda if device.type == "cuda" else _time_on_cpu
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     started, num_rounds = time.perf_counter(), 0
     while num_rounds < LEAST_ROUNDS or time.perf_counter() - started < seconds * len(calls):
         for name, call in calls.items():

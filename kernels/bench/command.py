@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(mistake))
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.command = ["python", "kernels/bench", *(sys.argv[1:] if arguments is None else arguments)]
     rows = measure_all(args, chosen, peers)
     return int(any(row.kind == "ours" and row.status in ("red", "failed") for row in rows))
 
@@ -215,7 +216,7 @@ def describe_run(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "commit": _commit(),
-        "command": shlex.join(["python", "kernels/bench", *sys.argv[1:]]),
+        "command": shlex.join(args.command),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "threads": torch.get_num_threads(),
         "seed": args.seed,

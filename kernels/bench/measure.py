@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.bench.cases import Case, Inputs, Method, draw_inputs, name_of
 from kernels.bench.clock import Limits, time_in_turns
-from kernels.bench.gate import Bound, as_tuple, judge, make_bounds, measure_errors, upstream_gradients
+from kernels.bench.gate import BASELINE_SLACK, Bound, as_tuple, judge, make_bounds, measure_errors, upstream_gradients
 from kernels.bench.rows import Row, compare, difference, figures_of
 
 
@@ -100,36 +100,39 @@ class Bench:
         row, case = entry.row, entry.case
         inputs = draw_inputs(case, device=self.device, dtype=dtype, seed=self.seed)
         errors = measure_errors(entry.method, case, inputs, bounds)
-        row.errors = {name: {"found": error, "allowed": bounds[name].allowed} for name, error in errors.items()}
-        why = judge(errors, bounds)
+        slack = BASELINE_SLACK if row.kind in ("baseline", "beside") else 1.0
+        row.errors = {name: {"found": error, "allowed": slack * bounds[name].allowed} for name, error in errors.items()}
+        why = judge(errors, bounds, slack=slack)
         if why:
             row.fail("red", why)
 
     def _time(self, entries: list[Entry], dtype: torch.dtype) -> None:
-        """Forward and both, from inputs that are not those of the gate; a method that fails here leaves."""
+        """All in the same rounds, from inputs that are not those of the gate; a method that fails here leaves."""
         inputs: dict[int, Inputs] = {}
-        calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "both": {}}
+        calls: dict[tuple[str, str], Callable[[], object]] = {}
         for entry in entries:
-            case = entry.case
-            with failures_in(entry.row):
+            case, row = entry.case, entry.row
+            with failures_in(row):
                 if id(case) not in inputs:
                     inputs[id(case)] = draw_inputs(case, device=self.device, dtype=dtype, seed=self.seed + 1)
                 forward, both = make_calls(entry.method, inputs[id(case)], case.gradients)
-                entry.row.peak_mib = _peak_on_cuda(both or forward) if self.device.type == "cuda" else None
-                calls["forward"][entry.row.method] = forward
+                row.peak_mib = _peak_on_cuda(both or forward) if self.device.type == "cuda" else None
+                calls[row.method, "forward"] = forward
                 if both is not None:
-                    calls["both"][entry.row.method] = both
-        times = {part: time_in_turns(named, device=self.device, seconds=self.seconds) for part, named in calls.items()}
+                    calls[row.method, "both"] = both
+        times = time_in_turns(calls, device=self.device, seconds=self.seconds)
         limits = self.limits[dtype]
         for entry in entries:
             row = entry.row
             if row.status != "green":
                 continue
             forward_work, backward_work = entry.case.work(inputs[id(entry.case)])
-            row.forward = figures_of(times["forward"][row.method], forward_work, limits)
+            row.forward = figures_of(times[row.method, "forward"], forward_work, limits)
             if entry.case.gradients:
-                row.both = figures_of(times["both"][row.method], forward_work + backward_work, limits)
+                row.both = figures_of(times[row.method, "both"], forward_work + backward_work, limits)
                 row.backward = difference(row.both, row.forward, backward_work, limits)
+        calls.clear()
+        inputs.clear()
         free_memory()
 
 

@@ -19,8 +19,7 @@ from kernels.bench.attention import (
     unpad_histories,
     zipf_lengths,
 )
-from kernels.bench.cases import Case, Draw, Inputs
-from kernels.bench.compiled import compiled
+from kernels.bench.cases import Case, Draw, Inputs, compiled
 
 ARGUMENTS = ("q", "k", "v", "cu_seqlens")
 
