@@ -4,7 +4,8 @@ To add an op, write `kernels/bench/ops/<op>.py` with one function:
 
     from collections.abc import Iterator
     import torch
-    from kernels.bench.cases import Case, Draw, Inputs, Work, compiled
+    from kernels.bench.cases import Case, Draw, Inputs, Work
+    from kernels.bench.compiled import compiled
 
     def cases() -> Iterator[Case]:
         for name, sets, num_rows in (("tiny", {"small"}, 100), ("1m lookups", {"h200"}, 1 << 20)):
@@ -36,10 +37,8 @@ It needs no speed but must fit the memory: one history at a time, recomputed in 
 """
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,34 +118,6 @@ def draw_inputs(case: Case, *, device: torch.device, dtype: torch.dtype, seed: i
     generator = torch.Generator(device).manual_seed(seed)
     inputs = case.make_inputs(Draw(device=device, dtype=dtype, generator=generator))
     return inputs | {name: inputs[name].requires_grad_() for name in case.gradients}
-
-
-def compiled(method: Method, prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs) -> Method:
-    """The method under `torch.compile`, compiled for its shapes at its first call.
-
-    Args:
-        method: what is compiled.
-        prepare: fills `inputs` before each call, outside of the compiled program.
-
-    Raises:
-        NotImplementedError: at a call, where the compiler is switched off or fails; says which.
-    """
-
-    @cache
-    def compile_once() -> Method:
-        torch.compiler.reset()  # programs of other shapes count towards a limit, beyond which it would run eagerly
-        return torch.compile(method, dynamic=False)
-
-    def call(inputs: Inputs) -> Outputs:
-        prepare(inputs)
-        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-            raise NotImplementedError("TORCHDYNAMO_DISABLE=1 turns torch.compile off")
-        try:
-            return compile_once()(inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise NotImplementedError(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
-
-    return call
 
 
 def name_of(dtype: torch.dtype) -> str:

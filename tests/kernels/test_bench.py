@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.bench import alone, clock, command, gate
 from kernels.bench.attention import attention_work, eighth_lengths, zipf_lengths
 from kernels.bench.cases import Case, Draw, Inputs, Work, all_cases
-from kernels.bench.clock import Limits
-from kernels.bench.measure import Bench
-from kernels.bench.peers import Mistake, load_peers
-from kernels.bench.report import table
-from kernels.bench.rows import Row
+from kernels.bench.harness import alone, clock, command, gate
+from kernels.bench.harness.clock import Limits
+from kernels.bench.harness.measure import Bench
+from kernels.bench.harness.peers import Mistake, load_peers
+from kernels.bench.harness.report import table
+from kernels.bench.harness.rows import Row
 
 ROOT = Path(__file__).parents[2]
 CASES = all_cases()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kernels.bench.attention import attention_work, cu_seqlens_of, prepare_padding
-from kernels.bench.cases import Case, Draw, Inputs, Method, Work, compiled
+from kernels.bench.cases import Case, Draw, Inputs, Method, Work
+from kernels.bench.compiled import compiled
 from kernels.bench.ops import hstu_attention as hstu
 from kernels.bench.ops import softmax_attention as softmax
 from megarec.layers.config import HstuBlockConfig, TransformerBlockConfig

@@ -19,7 +19,8 @@ from kernels.bench.attention import (
     unpad_histories,
     zipf_lengths,
 )
-from kernels.bench.cases import Case, Draw, Inputs, compiled
+from kernels.bench.cases import Case, Draw, Inputs
+from kernels.bench.compiled import compiled
 
 ARGUMENTS = ("q", "k", "v", "cu_seqlens")
 

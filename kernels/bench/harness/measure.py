@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from kernels.bench.cases import Case, Inputs, Method, draw_inputs, name_of
-from kernels.bench.clock import Limits, time_in_turns
-from kernels.bench.gate import BASELINE_SLACK, Bound, as_tuple, judge, make_bounds, measure_errors, upstream_gradients
-from kernels.bench.rows import Row, compare, difference, figures_of
+from kernels.bench.harness.clock import Limits, time_in_turns
+from kernels.bench.harness.gate import (
+    BASELINE_SLACK,
+    Bound,
+    as_tuple,
+    judge,
+    make_bounds,
+    measure_errors,
+    upstream_gradients,
+)
+from kernels.bench.harness.rows import Row, compare, difference, figures_of
 
 
 @dataclass(frozen=True, kw_only=True)

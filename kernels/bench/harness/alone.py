@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 
 from kernels.bench.cases import all_cases, draw_inputs
-from kernels.bench.clock import wait_for
-from kernels.bench.gate import run_method
-from kernels.bench.peers import load_peers
+from kernels.bench.harness.clock import wait_for
+from kernels.bench.harness.gate import run_method
+from kernels.bench.harness.peers import load_peers
 
 COMPILER_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -57,7 +57,7 @@ def run_alone(task: Task, environment: Mapping[str, str] | None = None) -> dict[
     Raises:
         RuntimeError: the process failed; its last line.
     """
-    command = [sys.executable, str(Path(__file__).parent), "--alone", json.dumps(asdict(task))]
+    command = [sys.executable, str(Path(__file__).parents[1]), "--alone", json.dumps(asdict(task))]
     started = time.monotonic()
     done = subprocess.run(
         command, env=os.environ | dict(environment or {}), capture_output=True, text=True, check=False

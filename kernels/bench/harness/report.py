@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kernels.bench.rows import PARTS, Row
+from kernels.bench.harness.rows import PARTS, Row
 
 COLUMNS = (
     "case", "dtype", "method", "forward ms", "both ms", "TFLOP/s forward", "backward", "both", "GB/s", "of the limit",

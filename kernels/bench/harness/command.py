@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from kernels.bench.alone import Task, measure_first_steps, perform, run_alone
 from kernels.bench.cases import Case, all_cases, name_of
-from kernels.bench.clock import measure_limits
-from kernels.bench.measure import Bench
-from kernels.bench.peers import Mistake, load_peers
-from kernels.bench.report import describe, draw_ratios, table, table_of_ratios, write_results
-from kernels.bench.rows import Row
+from kernels.bench.harness.alone import Task, measure_first_steps, perform, run_alone
+from kernels.bench.harness.clock import measure_limits
+from kernels.bench.harness.measure import Bench
+from kernels.bench.harness.peers import Mistake, load_peers
+from kernels.bench.harness.report import describe, draw_ratios, table, table_of_ratios, write_results
+from kernels.bench.harness.rows import Row
 
 DTYPES = {name_of(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}

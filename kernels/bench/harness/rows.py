@@ -6,7 +6,7 @@ from statistics import median
 from typing import Literal
 
 from kernels.bench.cases import Work
-from kernels.bench.clock import Limits
+from kernels.bench.harness.clock import Limits
 
 PARTS = ("forward", "backward", "both")
 
