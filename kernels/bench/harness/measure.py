@@ -128,6 +128,8 @@ class Bench:
                 calls[row.method, "forward"] = forward
                 if both is not None:
                     calls[row.method, "both"] = both
+            if row.status != "green":
+                free_memory()  # of what lacked memory
         times = time_in_turns(calls, device=self.device, seconds=self.seconds)
         limits = self.limits[dtype]
         for entry in entries:

@@ -85,16 +85,18 @@ def draw_ratios(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> bool
             continue
         places = [place + (number - (len(COLORS) - 1) / 2) * height for place, _ in drawn]
         label = "peak memory" if part == "memory" else f"time, {part}"
-        values = [ratio for _, ratio in drawn]
-        axes.bar_label(axes.barh(places, values, height, color=color, label=label), fmt=" %.3g", fontsize=7)
+        widths = [ratio - 1 for _, ratio in drawn]  # from 1, which is as good as ours
+        container = axes.barh(places, widths, height, left=1, color=color, label=label)
+        axes.bar_label(container, [f" {ratio:.3g} " for _, ratio in drawn], fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("times what ours takes (right of 1: ours is better)")
     axes.set_title(f"{run['device']}, torch {run['torch']}, {run['date']}", fontsize=10)
-    axes.legend(loc="best", fontsize=8)
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+    figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize=8)
     part_path = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(part_path, dpi=130)
     os.replace(part_path, path)

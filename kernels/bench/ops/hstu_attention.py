@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megarec_kernels.hstu_attention import hstu_attention
+from megarec_kernels.hstu_attention import TimeBuckets, bucket_times, hstu_attention
 from megarec_kernels.hstu_attention.reference import hstu_attention_reference, time_bucket
 from megarec_kernels.tiles import plan_tiles
 from torch import Tensor
@@ -77,8 +77,17 @@ def _case(name: str, sets: set[str], lengths: list[int], *, heads: int, width: i
 
 
 def _ours(inputs: Inputs, **switches: bool) -> Tensor:
-    plan = inputs.get("plan") or inputs.setdefault("plan", plan_tiles(inputs["cu_seqlens"]))
-    return hstu_attention(*(inputs[name] for name in ARGUMENTS), **_settings(inputs), plan=plan, **switches)
+    if "plan" not in inputs:
+        inputs["plan"] = plan_tiles(inputs["cu_seqlens"])
+    if "time_buckets" not in inputs:  # on CUDA the kernel makes them itself
+        of_step = inputs["time_bias"] is not None and inputs["q"].device.type == "cpu"
+        inputs["time_buckets"] = _bucket_times(inputs) if of_step else None
+    made = {name: inputs[name] for name in ("plan", "time_buckets")}
+    return hstu_attention(*(inputs[name] for name in ARGUMENTS), **_settings(inputs), **made, **switches)
+
+
+def _bucket_times(inputs: Inputs) -> TimeBuckets:
+    return bucket_times(inputs["plan"], inputs["timestamp"], inputs["query_timestamp"], num_buckets=NUM_BUCKETS)
 
 
 def _ours_atomic(inputs: Inputs) -> Tensor:
