@@ -109,7 +109,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     whole = row.both or row.forward
     return (
         *(f"{figures.ms:.4g}" if figures else "" for figures in (row.forward, row.both)),
-        *(f"{figures.tflops:.3g}" if figures else "" for figures in (row.forward, row.backward, row.both)),
+        *(
+            f"{figures.tflops:.3g}" if figures and figures.tflops else ""
+            for figures in (row.forward, row.backward, row.both)
+        ),
         f"{whole.gbps:.3g}" if whole else "",
         f"{whole.share_of_limit:.0%}" if whole else "",
         "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
