@@ -1,7 +1,6 @@
 """What the attention ops share: lengths of histories, work by one convention, methods by history or padded."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -61,10 +60,12 @@ def by_history(reference: Callable[..., Tensor], tokenwise: Sequence[str]) -> Me
     """
 
     def method(inputs: Inputs) -> Tensor:
+        lengths = inputs["cu_seqlens"].diff().tolist()
+        pieces = {name: inputs[name].split(lengths) for name in tokenwise if inputs[name] is not None}
         outputs = []
-        for first, last in pairwise(inputs["cu_seqlens"].tolist()):
-            own = inputs | {name: inputs[name][first:last] for name in tokenwise if inputs[name] is not None}
-            own["cu_seqlens"] = torch.tensor([0, last - first], device=inputs["cu_seqlens"].device)
+        for user, length in enumerate(lengths):
+            own = inputs | {name: histories[user] for name, histories in pieces.items()}
+            own["cu_seqlens"] = torch.tensor([0, length], device=inputs["cu_seqlens"].device)
             outputs.append(checkpoint(reference, own, use_reentrant=False))
         return torch.cat(outputs)
 
