@@ -168,10 +168,10 @@ def measure_all(args: argparse.Namespace, chosen: list[tuple[str, Case]], peers:
     }
     print(f"{describe(run)}\n", flush=True)
     rows: list[Row] = []
-    with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(unit="step", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30) as bar:
 
         def advance(what: str) -> None:
-            bar.set_description(what)
+            bar.set_description(what, refresh=False)
             bar.update()
 
         bench = Bench(
