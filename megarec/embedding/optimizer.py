@@ -8,9 +8,9 @@ nothing: neither their moments nor their values decay, as in the fused embedding
 import math
 
 import torch
+from megarec_kernels.hashing import hash_torch
 from torch import Tensor
 
-from megarec.base.random_torch import hash_torch
 from megarec.embedding.config import TableConfig
 
 VALUES_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches

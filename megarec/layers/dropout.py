@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megarec_kernels.dropout import DropoutMask, dropout
+from megarec_kernels.hashing import keep_mask_torch
 from torch import Tensor, nn
 
 from megarec.base.random import derive_key
-from megarec.base.random_torch import keep_mask_torch
 from megarec.parallel.slices import Slices
 
 GRAIN = 65536  # the mask draws 16 bits per channel
@@ -46,15 +47,21 @@ class Dropout(nn.Module):
         self.part = part
         self.num_parts = num_parts
 
-    def forward(self, x: Tensor, randomness: Randomness | None) -> Tensor:
-        """`[T, C]` to `[T, C]`; without randomness (evaluation) it returns `x`."""
+    def forward(self, x: Tensor, randomness: Randomness | None, *, add_to: Tensor | None = None) -> Tensor:
+        """`[T, C]` to `[T, C]`, added to `add_to` if given; without randomness (evaluation) nothing is dropped."""
+        return dropout(x, self.mask(randomness, x.shape[1]), add_to=add_to)
+
+    def mask(self, randomness: Randomness | None, width: int) -> DropoutMask | None:
+        """What is dropped of this rank's part, `width` channels; None: nothing."""
         if randomness is None or self.probability == 0.0:
-            return x
-        key = derive_key(randomness.key, "dropout", self.layer, self.site)
-        width = x.shape[1]
-        keep = keep_mask_torch(key, randomness.token, width * self.num_parts, self.probability)
-        keep = keep[:, self.part * width : (self.part + 1) * width]
-        return x * keep / (1.0 - self.probability)
+            return None
+        return DropoutMask(
+            key=derive_key(randomness.key, "dropout", self.layer, self.site),
+            token=randomness.token,
+            probability=self.probability,
+            num_channels=width * self.num_parts,
+            first_channel=width * self.part,
+        )
 
 
 class AttentionDropout(nn.Module):

@@ -1,12 +1,11 @@
 """The HSTU block in its published variants."""
 
-import torch
-import torch.nn.functional as F
+from megarec_kernels.silu import UvqkLayout, split_silu
 from torch import Tensor, nn
 
 from megarec.layers.config import HstuBlockConfig
 from megarec.layers.dropout import Dropout
-from megarec.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm
+from megarec.layers.norm import GatedAllHeadsNorm, GatedHeadNorm, ResidualNorm
 from megarec.layers.tokens import Tokens
 from megarec.parallel.parts import Parts, whole_parameter
 from megarec.parallel.placement import Init
@@ -36,13 +35,17 @@ class HstuBlock(nn.Module):
         self.config = config
         self.attention = parts.attention
         self.run_attention = parts.run_attention
-        self.local_heads = config.num_heads // parts.tp_size
+        self.layout = UvqkLayout(
+            num_heads=config.num_heads // parts.tp_size,
+            v_head_width=config.v_head_width,
+            qk_head_width=config.qk_head_width,
+        )
         self.scale = 1.0 if config.scale == "one" else config.qk_head_width**-0.5
         uvqk_width = 2 * config.num_heads * (config.v_head_width + config.qk_head_width)
         value_width = config.num_heads * config.v_head_width
         out_width = value_width * (1 if config.concat == "none" else 3)
         bias_init, eps = Init(kind="normal", std=0.02), config.norm_eps
-        self.norm = LayerNorm(width, affine=config.input_norm_affine, eps=eps, sum_over=parts.between_maps)
+        self.norm = ResidualNorm(width, affine=config.input_norm_affine, eps=eps, sum_over=parts.between_maps)
         self.uvqk = parts.column_linear(width, uvqk_width, bias=config.uvqk_bias, std=0.02)
         self.position_bias = (
             whole_parameter((max_tokens,), bias_init, sum_over=("tp",)) if config.position_bias else None
@@ -51,33 +54,26 @@ class HstuBlock(nn.Module):
         self.time_bias = whole_parameter((num_buckets + 1,), bias_init, sum_over=("tp",)) if num_buckets else None
         self.output_norm: nn.Module
         if config.output_norm == "all_heads":
-            self.output_norm = AllHeadsNorm(value_width, affine=config.output_norm_affine, eps=eps, parts=parts)
+            self.output_norm = GatedAllHeadsNorm(value_width, affine=config.output_norm_affine, eps=eps, parts=parts)
         else:
-            self.output_norm = HeadNorm(config.num_heads, affine=config.output_norm_affine, eps=eps, parts=parts)
+            self.output_norm = GatedHeadNorm(config.num_heads, affine=config.output_norm_affine, eps=eps, parts=parts)
         self.dropout = Dropout(dropout, layer=layer, site="output", part=parts.tp_rank, num_parts=parts.tp_size)
+        self.local_out_width = out_width // parts.tp_size
         out_std = (2.0 / (out_width + width)) ** 0.5
         bound = out_width**-0.5
         self.out = parts.row_linear(out_width, width, bias=config.output_bias, std=out_std, bias_bound=bound)
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""
-        u, attention = self.run_attention(self._gates_and_attention, x, tokens)
-        out = self.out(self.dropout(self._gate(u, attention).flatten(1), tokens.inner_randomness))
+        x, u, attention = self.run_attention(self._gates_and_attention, x, tokens)
+        mask = self.dropout.mask(tokens.inner_randomness, self.local_out_width)
+        out = self.out(self.output_norm(u, attention, concat=self.config.concat, mask=mask))
         return x + out if self.config.residual else out
 
-    def _gates_and_attention(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        uvqk = self.uvqk(self.norm(x))
-        if self.config.silu_on == "uvqk":
-            uvqk = F.silu(uvqk)
-        u, v, q, k = self._split(uvqk)
-        if self.config.silu_on == "u":
-            u = F.silu(u)
-        return u, self._attend(q, k, v, tokens)
-
-    def _split(self, uvqk: Tensor) -> tuple[Tensor, ...]:
-        """`[T, N (2 Hv + 2 Hqk)]` to U, V `[T, N, Hv]` and Q, K `[T, N, Hqk]`, for the heads of this rank."""
-        widths = [self.config.v_head_width] * 2 + [self.config.qk_head_width] * 2
-        return uvqk.view(len(uvqk), self.local_heads, -1).split(widths, dim=2)
+    def _gates_and_attention(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        x, normed = self.norm(x)
+        u, v, q, k = split_silu(self.uvqk(normed), self.layout, silu_on=self.config.silu_on)
+        return x, u, self._attend(q, k, v, tokens)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         if self.config.weighting == "softmax":
@@ -97,15 +93,3 @@ class HstuBlock(nn.Module):
             time_buckets=tokens.time_buckets,
             visibility=tokens.visibility,
         )
-
-    def _gate(self, u: Tensor, attention: Tensor) -> Tensor:
-        """Gates and attention, `[T, N, Hv]`, to what the output map reads, `[T, N, Hv or 3 Hv]`."""
-        if self.config.output_norm == "all_heads":
-            normed = self.output_norm(attention.flatten(1)).view_as(attention)
-        else:
-            normed = self.output_norm(attention)
-        if self.config.concat == "u_and_norm":
-            return torch.cat([u, normed, u * normed], dim=2)
-        if self.config.concat == "u_and_attention":
-            return torch.cat([u, attention, u * normed], dim=2)
-        return u * normed

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megarec.layers.config import SasrecBlockConfig
 from megarec.layers.dropout import AttentionDropout, Dropout
-from megarec.layers.norm import LayerNorm
+from megarec.layers.norm import ResidualNorm
 from megarec.layers.tokens import Tokens
 from megarec.parallel.parts import Parts
 
@@ -41,7 +41,7 @@ class SasrecBlock(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         hidden = config.feed_forward_width
         input_std, hidden_std = (2.0 / (4 * width)) ** 0.5, (2.0 / (width + hidden)) ** 0.5
-        self.norm = LayerNorm(width, affine=False, eps=1e-8)
+        self.norm = ResidualNorm(width, affine=False, eps=1e-8)
         self.query = parts.column_linear(width, width, bias=True, std=input_std)
         self.key_value = parts.column_linear(width, 2 * width, bias=True, std=input_std)
         self.attention_out = parts.row_linear(width, width, bias=True, std=width**-0.5)
@@ -56,12 +56,12 @@ class SasrecBlock(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         """`[T, D]` to `[T, D]`."""
         normed, attention = self.run_attention(self._attend, x, tokens)
-        y = self.norm(normed + self.attention_out(attention.flatten(1)))
+        _, y = self.norm(normed, self.attention_out(attention.flatten(1)))
         hidden = self.hidden_dropout(self.activation(self.up(y)), tokens.inner_randomness)
-        return y + self.output_dropout(self.down(hidden), tokens.outer_randomness)
+        return self.output_dropout(self.down(hidden), tokens.outer_randomness, add_to=y)
 
     def _attend(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        normed = self.norm(x)
+        _, normed = self.norm(x)
         q = self.query(normed).view(-1, self.local_heads, self.head_width)
         k, v = self.key_value(x).view(-1, self.local_heads, 2 * self.head_width).split(self.head_width, dim=2)
         attention = self.attention(

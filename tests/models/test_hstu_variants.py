@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megarec_kernels.dropout import DropoutMask
 from megarec_kernels.hstu_attention import bucket_times
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -205,15 +206,25 @@ def make_weights(reference: Reference, layer: Layer) -> Weights:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenMask(DropoutMask):
+    given: Tensor
+
+    def keep(self, width: int) -> Tensor:
+        assert self.given.shape[1] == width
+        return self.given
+
+
 class Keep(nn.Module):
     """Dropout with a given mask."""
 
     def __init__(self, keep: Tensor) -> None:
         super().__init__()
-        self.keep = keep
+        self.given = keep > 0
 
-    def forward(self, x: Tensor, randomness: Randomness | None) -> Tensor:
-        return x * self.keep
+    def mask(self, randomness: Randomness | None, width: int) -> DropoutMask:
+        token = torch.arange(len(self.given))
+        return GivenMask(key=0, token=token, probability=0.3, num_channels=width, given=self.given)
 
 
 def make_keep(layer: Layer) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from megarec_kernels.dropout import DropoutMask
 
 from megarec.data.dataset import open_dataset
-from megarec.layers import dropout as dropout_module
 from megarec.parallel.groups import ProcessInfo, start, stop
 from megarec.train.config import TrainConfig
 from megarec.train.trainer import Trainer
@@ -51,13 +51,13 @@ def draw_masks(process: ProcessInfo, config: TrainConfig) -> list[tuple[int, lis
     """The key and the token numbers of every dropout mask of a run."""
     groups = start(config.layout, process)
     masks: list[tuple[int, list[int]]] = []
-    draw = dropout_module.keep_mask_torch
+    draw = DropoutMask.keep
 
-    def keep(key: int, token: torch.Tensor, *rest: Any) -> torch.Tensor:
-        masks.append((key, token.tolist()))
-        return draw(key, token, *rest)
+    def keep(mask: DropoutMask, width: int) -> torch.Tensor:
+        masks.append((mask.key, mask.token.tolist()))
+        return draw(mask, width)
 
-    dropout_module.keep_mask_torch = keep  # type: ignore[assignment]
+    DropoutMask.keep = keep  # type: ignore[method-assign]
     Trainer(config, groups, open_dataset(config.data), hooks=[]).fit()
     stop()
     return masks
