@@ -1,6 +1,7 @@
 """Exact softmax over every item, in chunks of items with a running log-sum-exp; the items may lie on several ranks."""
 
 import torch
+from megarec_kernels.softmax_cross_entropy import exponentials, log_sum_exp
 from torch import Tensor
 
 from megarec.losses.stored_gradients import attach_gradients, want_gradients
@@ -49,9 +50,7 @@ def full_softmax(
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = inverse_temperature.detach().to(dtype)
     scaled_query, all_items = query.detach().to(dtype) * scale, items.detach().to(dtype)
-    log_sum = scaled_query.new_full((len(query),), float("-inf"))
-    for chunk in all_items.split(chunk_items):
-        log_sum = torch.logaddexp(log_sum, (scaled_query @ chunk.T).logsumexp(dim=1))
+    log_sum = log_sum_exp(scaled_query, all_items, chunk_items=chunk_items)
     here = (target >= first_item) & (target < first_item + len(items))
     place, asking = (target - first_item)[here], here.nonzero().squeeze(1)
     target_items = torch.zeros_like(scaled_query).index_copy_(0, asking, all_items[place])
@@ -66,7 +65,7 @@ def full_softmax(
     query_gradient, items_gradient = -target_items, torch.empty_like(all_items)
     for first in range(0, len(items), chunk_items):
         chunk = all_items[first : first + chunk_items]
-        probability = (scaled_query @ chunk.T).sub_(log_sum[:, None]).exp_()
+        probability = exponentials(scaled_query @ chunk.T, log_sum)
         query_gradient.addmm_(probability, chunk)
         torch.mm(probability.T, scaled_query, out=items_gradient[first : first + chunk_items])
     if len(items):

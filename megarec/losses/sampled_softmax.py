@@ -1,15 +1,13 @@
 """Softmax over sampled candidates, with both published corrections for how they were sampled."""
 
 import warnings
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from megarec_kernels.softmax_cross_entropy import Correction, own_losses, shared_losses
 from torch import Tensor
 
 from megarec.losses.stored_gradients import attach_gradients, want_gradients
-
-Correction = Literal["none", "standard", "negatives_only"]
 
 
 def sampled_softmax(
@@ -65,20 +63,16 @@ def sampled_softmax(
     log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
     for first in range(0, len(query), chunk_rows):
         rows = slice(first, first + chunk_rows)
-        slot = target[rows, None]
-        products = sums.query[rows] @ sums.candidates.T
-        logits = products * sums.inverse_temperature
-        excluded = candidate_id[None, :] == candidate_id[slot]
-        terms = _terms(
-            logits.gather(1, slot),
-            logits.masked_fill_(excluded, float("-inf")),
-            log_q_target=None if log_q is None else log_q[slot],
-            log_q_negative=None if log_q is None else log_q,
+        losses, gradient = shared_losses(
+            sums.query[rows] @ sums.candidates.T,
+            target=target[rows],
+            candidate_id=candidate_id,
+            log_q=log_q,
             correction=correction,
+            inverse_temperature=sums.inverse_temperature,
         )
-        sums.loss += terms.loss.sum()
+        sums.loss += losses.sum()
         if sums.wanted:
-            gradient = terms.negative.scatter_(1, slot, terms.target)
             sums.candidates_gradient.addmm_(gradient.T, sums.query[rows])
             sums.query_gradient[rows] = gradient @ sums.candidates
     return sums.result(query, candidates, inverse_temperature)
@@ -127,17 +121,15 @@ def sampled_softmax_per_position(
     if not len(query):
         return sums.result(query, candidates, inverse_temperature)
     log_q = None if log_q is None else log_q.detach().to(sums.query.dtype)
-    logits = _products_at(sums.query, sums.candidates, slots) * sums.inverse_temperature
-    terms = _terms(
-        logits[:, :1],
-        logits[:, 1:].masked_fill_(slots[:, 1:] == slots[:, :1], float("-inf")),
-        log_q_target=None if log_q is None else log_q[slots[:, :1]],
-        log_q_negative=None if log_q is None else log_q[slots[:, 1:]],
+    losses, gradient = own_losses(
+        _products_at(sums.query, sums.candidates, slots),
+        slots=slots,
+        log_q=log_q,
         correction=correction,
+        inverse_temperature=sums.inverse_temperature,
     )
-    sums.loss = terms.loss.sum()
+    sums.loss = losses.sum()
     if sums.wanted:
-        gradient = torch.cat([terms.target, terms.negative], dim=1)
         sums.query_gradient = F.embedding_bag(slots, sums.candidates, mode="sum", per_sample_weights=gradient)
         counts = torch.bincount(slots.flatten(), minlength=len(candidates))
         sums.candidates_gradient = F.embedding_bag(
@@ -195,53 +187,6 @@ class _Sums:
             temperature_gradient,
         )
         return attach_gradients(self.loss, inputs, gradients)
-
-
-class _Terms(NamedTuple):
-    loss: Tensor
-    target: Tensor
-    negative: Tensor
-
-
-def _terms(
-    target: Tensor,
-    negative: Tensor,
-    *,
-    log_q_target: Tensor | None,
-    log_q_negative: Tensor | None,
-    correction: Correction,
-) -> _Terms:
-    """Losses `[R]` and their gradients for the logits of the target `[R, 1]` and the negatives `[R, K]`.
-
-    Masked negatives are -inf.
-    """
-    if correction == "negatives_only":
-        assert log_q_target is not None and log_q_negative is not None
-        return _negatives_only(target, negative, log_q_target=log_q_target, log_q_negative=log_q_negative)
-    if log_q_target is not None and log_q_negative is not None:
-        target, negative = target - log_q_target, negative - log_q_negative
-    log_sum = torch.logaddexp(target, negative.logsumexp(dim=1, keepdim=True))
-    return _Terms(
-        loss=(log_sum - target).squeeze(1),
-        target=(target - log_sum).exp() - 1,
-        negative=(negative - log_sum).exp_(),
-    )
-
-
-def _negatives_only(target: Tensor, negative: Tensor, *, log_q_target: Tensor, log_q_negative: Tensor) -> _Terms:
-    largest_q = 1 - torch.finfo(target.dtype).eps
-    not_target = torch.log1p(-log_q_target.exp().clamp(max=largest_q))
-    negative = negative - log_q_negative + not_target
-    num_negatives = negative.isfinite().sum(dim=1, keepdim=True).to(negative.dtype)
-    some = num_negatives > 0
-    log_sum = torch.where(some, negative.logsumexp(dim=1, keepdim=True), target)
-    # 1 - P(target) as a sigmoid: no difference of nearly equal numbers when P is close to 1.
-    weight = torch.sigmoid(log_sum - num_negatives.clamp(min=1).log() - target) * some
-    return _Terms(
-        loss=(weight * (log_sum - target)).squeeze(1),
-        target=-weight,
-        negative=(negative - log_sum).exp_() * weight,
-    )
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The bytes of the plain HSTU layer that `gated_norm/README.md` compares with, from the operators that torch runs."""
+"""The passes over memory of plain torch that the READMEs of the kernels compare with, from the operators it runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,8 @@ from megarec_kernels.dropout import DropoutMask
 from megarec_kernels.gated_norm.reference import gated_norm_reference
 from megarec_kernels.silu import UvqkLayout
 from megarec_kernels.silu.reference import split_silu_reference
+from megarec_kernels.softmax_cross_entropy import Correction
+from megarec_kernels.softmax_cross_entropy.reference import exponentials_reference, shared_losses_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,10 +33,10 @@ class Bytes(TorchDispatchMode):
         return out
 
 
-def passes(function: Callable[[], Any]) -> tuple[Any, float]:
+def passes(function: Callable[[], Any], size: int = PASS) -> tuple[Any, float]:
     with Bytes() as moved:
         out = function()
-    return out, moved.count / PASS
+    return out, moved.count / size
 
 
 @pytest.mark.parametrize(("dropped", "wanted"), [(False, 53.0), (True, 137.5)])
@@ -55,3 +57,25 @@ def test_the_plain_layer(dropped: bool, wanted: float) -> None:
     outer = [torch.ones_like(value) for value in outputs]
     _, back = passes(lambda: torch.autograd.grad(outputs, [x, out, uvqk, attention], outer))
     assert there + back == pytest.approx(wanted, abs=0.5)  # statistics and token numbers are the rest
+
+
+@pytest.mark.parametrize(("correction", "wanted"), [("none", 12.6), ("standard", 14.6), ("negatives_only", 25.1)])
+def test_losses(correction: Correction, wanted: float) -> None:
+    """The sum of exponentials counts as one read, whatever torch does inside."""
+    rows, columns = 64, 2048
+    products, log_q = torch.randn(rows, columns), torch.randn(columns).log_softmax(0)
+    _, found = passes(
+        lambda: shared_losses_reference(
+            products,
+            target=torch.arange(rows),
+            candidate_id=torch.arange(columns),
+            log_q=None if correction == "none" else log_q,
+            correction=correction,
+            inverse_temperature=torch.tensor(2.0),
+        ),
+        rows * columns * 4,
+    )
+    assert found == pytest.approx(wanted, abs=0.1)
+    assert passes(lambda: exponentials_reference(products, torch.zeros(rows)), rows * columns * 4)[1] == pytest.approx(
+        4, abs=0.1
+    )
