@@ -22,8 +22,8 @@ def full_softmax(
     """Sum over queries of `log(sum_v e^s_v) - s_target`, `s_v = inverse_temperature query . items_v`.
 
     Logits exist for `chunk_items` items at a time, `[Q, chunk_items]` in fp32 or better. One pass over the items
-    finds each query's log-sum-exp; if a backward can follow, a second one sums the gradients, which are kept (as
-    large as the inputs).
+    finds each query's log-sum-exp (on CUDA without writing a logit); if a backward can follow, a second one sums the
+    gradients, which are kept (as large as the inputs).
 
     With `shards` each rank has some of the items and all queries. Three numbers per query go over the ranks, in two
     messages, never a logit. A rank counts the losses of its `own` queries; its gradients are those of all losses by its

@@ -32,7 +32,8 @@ def sampled_softmax(
 
     A candidate of the target's item in another slot is an accidental hit and no negative. A query without negatives
     costs 0. Logits exist for `chunk_rows` queries at a time, in fp32 or better; gradients are computed along with
-    the loss and kept (as large as the inputs), so a backward computes no logits again.
+    the loss (on CUDA in the memory of the logits) and kept (as large as the inputs), so a backward computes no
+    logits again.
 
     Source: `standard` is the usual logQ correction (ARGUS, arXiv 2507.15994, with mixed negatives);
     `negatives_only` is arXiv 2507.09331, its public code. We take the mean over the negatives of the query itself,

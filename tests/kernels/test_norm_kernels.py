@@ -138,6 +138,18 @@ def test_a_wrong_argument_is_named() -> None:
 
 
 @pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    x = torch.zeros((1 << 21) + 3, 1024, dtype=torch.bfloat16, device=DEVICE)
+    x[-5:] = torch.randn(5, 1024, device=DEVICE)
+    x.requires_grad_()
+    found, wanted = layer_norm(x, None, None, eps=1e-5)[-5:], layer_norm_reference(x[-5:].float(), None, None, eps=1e-5)
+    assert (found - wanted).abs().max() <= torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+    (gradient,) = torch.autograd.grad((found.float() ** 3).sum(), x)
+    (truth,) = torch.autograd.grad((wanted**3).sum(), x)
+    assert (gradient[-5:] - truth[-5:]).abs().max() <= 0.1 * truth.abs().max()  # the cube of a rounded norm
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "width"), [*SHAPES, (300, 1024), (40, 8192), (40, 8200)])
 def test_on_a_gpu(rows: int, width: int, dtype: torch.dtype) -> None:

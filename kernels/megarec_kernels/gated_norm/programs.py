@@ -71,7 +71,7 @@ def gate_rows(
     channel = group[:, None] * WIDTH + column[None, :]
     head, within = channel // HEAD_WIDTH, channel % HEAD_WIDTH
     row_place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    u_place = number[:, None] * u_token_stride + head * u_head_stride + within
+    u_place = number[:, None] * u_token_stride + head.to(tl.int64) * u_head_stride + within
     value = tl.load(attention + row_place, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(u + u_place, mask=inside, other=0.0).to(tl.float32)
     if GIVEN:
@@ -166,7 +166,7 @@ def gate_rows_backward(
         channel = group[:, None] * WIDTH + column[None, :]
         head, within = channel // HEAD_WIDTH, channel % HEAD_WIDTH
         row_place = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        u_place = number[:, None] * u_token_stride + head * u_head_stride + within
+        u_place = number[:, None] * u_token_stride + head.to(tl.int64) * u_head_stride + within
         place = gradient + number[:, None] * (GROUPS * WIDTH * PARTS) + head * (PARTS * HEAD_WIDTH) + within
         center = tl.load(mean + row, mask=real, other=0.0)[:, None]
         inverse = tl.load(rstd + row, mask=real, other=0.0)[:, None]

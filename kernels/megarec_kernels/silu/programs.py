@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def gather_gradients(pointer, token_stride, head_stride, token, head, column, inside):
     """Gradients of one part of the heads: `[R, C]`, 0 outside."""
-    place = token.to(tl.int64) * token_stride + head * head_stride
+    place = token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     return tl.load(pointer + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
