@@ -13,8 +13,6 @@ from torch import Tensor
 
 from megarec.parallel.groups import Group
 
-BITMAP_RATIO = 4  # up to this many rows per requested id, marking all rows is cheaper than sorting the ids
-
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
@@ -63,27 +61,6 @@ def open_route(addresses: Tensor, *, rows_per_rank: int, group: Group | None) ->
     asked_counts, served_counts = asked.tolist(), served.tolist()
     rows = _exchange(addresses % rows_per_rank, asked_counts, served_counts, group)
     return Route(asked=asked_counts, served=served_counts, rows=rows, group=group)
-
-
-def find_unique(addresses: Tensor, *, num_addresses: int) -> tuple[Tensor, Tensor]:
-    """The distinct non-negative values of `addresses` in order, and where each one went.
-
-    Returns:
-        `[U]` sorted, and an index in the shape of `addresses` into it, -1 where the address is -1.
-    """
-    if num_addresses <= BITMAP_RATIO * addresses.numel():
-        # One flag more than there are addresses: -1 marks the last, which is cut off.
-        used = torch.zeros(num_addresses + 1, dtype=torch.bool, device=addresses.device)
-        used[addresses.reshape(-1)] = True
-        used = used[:-1]
-        unique = used.nonzero().squeeze(1)
-        position = torch.full((num_addresses + 1,), -1, dtype=torch.int64, device=addresses.device)
-        position[unique] = torch.arange(unique.numel(), device=addresses.device)
-        return unique, position[addresses]
-    unique, index = torch.unique(addresses, return_inverse=True)
-    if unique.numel() and unique[0] < 0:
-        return unique[1:], index - 1
-    return unique, index
 
 
 def _exchange(values: Tensor, sends: list[int], receives: list[int], group: Group | None) -> Tensor:

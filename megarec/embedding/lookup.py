@@ -1,9 +1,9 @@
-"""Sums of fetched rows, and the one deterministic way gradients are added up per row."""
+"""Sums of fetched rows, with gradients that are added up per row in a fixed order."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from megarec_kernels.table_rows import add_by_row, sum_bags
 from torch import Tensor
 
 from megarec.embedding.exchange import Route
@@ -37,8 +37,8 @@ class Fetched:
 def lookup(fetched: Fetched, index: Tensor) -> Tensor:
     """The sum over slots of fetched rows: `[..., S]` to `[..., E]`; a slot of -1 gives nothing.
 
-    The backward pass adds each row's gradients into `fetched.grad` in the order of `index`, so it is deterministic,
-    and neither `[U, E]` nor `[..., S, E]` is ever made.
+    The backward pass adds each row's gradients into `fetched.grad` in an order that `index` alone decides, so it is
+    deterministic, and neither `[U, E]` nor `[..., S, E]` is ever made.
     """
     if not index.numel():
         return fetched.padded.new_zeros(*index.shape[:-1], fetched.padded.shape[1])
@@ -51,45 +51,16 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def sum_by_row(values: Tensor, rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds `values[source[i]]` to row `rows[i]` for all i, in the order of i.
-
-    Args:
-        values: `[N, E]`.
-        rows: `[n]`, sorted.
-        source: `[n]`, indices into `values`.
-
-    Returns:
-        the distinct rows `[G]` and their sums `[G, E]`.
-    """
-    distinct, counts = torch.unique_consecutive(rows, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return distinct, F.embedding_bag(source, values, starts, mode="sum")
-
-
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, fetched: Fetched, index: Tensor) -> Tensor:
         del leaf
-        ctx.fetched, ctx.num_slots = fetched, index.shape[-1]
+        ctx.fetched = fetched
         ctx.save_for_backward(index)
-        empty = fetched.padded.shape[0] - 1
-        flat = torch.where(index < 0, empty, index).reshape(-1, index.shape[-1])
-        if index.shape[-1] == 1:
-            sums = fetched.padded.index_select(0, flat.squeeze(1))
-        else:
-            sums = F.embedding_bag(flat, fetched.padded, mode="sum", padding_idx=empty)
-        return sums.view(*index.shape[:-1], sums.shape[1])
+        return sum_bags(fetched.padded, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         (index,) = ctx.saved_tensors
-        total: Tensor = ctx.fetched.grad
-        grad = grads[0].reshape(-1, total.shape[1]).to(total.dtype)
-        rows, order = torch.sort(index.reshape(-1), stable=True)
-        num_empty = int(torch.searchsorted(rows, 0))
-        rows, source = rows[num_empty:], order[num_empty:] // ctx.num_slots
-        if rows.numel():
-            distinct, sums = sum_by_row(grad, rows, source)
-            total.index_add_(0, distinct, sums)
+        add_by_row(ctx.fetched.grad, grads[0], index)
         return None, None, None

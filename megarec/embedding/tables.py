@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megarec_kernels.table_rows import RowUpdate, make_state, sum_by_row, update_rows
+from megarec_kernels.unique_ids import find_unique
 from torch import Tensor
 
 from megarec.base.random import derive_key
 from megarec.base.random_torch import normal_torch
 from megarec.embedding.config import TableConfig, TableSpec
-from megarec.embedding.exchange import find_unique, open_route
-from megarec.embedding.lookup import Fetched, gradient_dtype, sum_by_row
-from megarec.embedding.optimizer import VALUES_AT_ONCE, make_state, update_rows
+from megarec.embedding.exchange import open_route
+from megarec.embedding.lookup import Fetched, gradient_dtype
 from megarec.parallel.groups import Group
 
 _GATHERED_AT_ONCE = 1 << 22
+_DRAWN_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # a core's cache; a few launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class TableGroup:
         self._optimizer = optimizer or TableConfig()
         self._rounding_key = derive_key(seed, "rounding", *self.specs)
         self._values = torch.zeros(self._rows_per_rank, width, dtype=dtype, device=device)
-        self._state = make_state(self._optimizer, self._values, gradient_dtype(dtype))
+        self._state = make_state(self._optimizer.kind, self._values, gradient_dtype(dtype))
         for spec in specs:
             self._initialize(spec, derive_key(seed, "table", spec.name))
 
@@ -95,7 +97,7 @@ class TableGroup:
         """
         if rows.numel() and not (rows.min() >= -1 and rows.max() < self.num_rows):
             raise IndexError(f"row numbers must be in [-1, {self.num_rows})")
-        unique, index = find_unique(self._addresses(rows), num_addresses=self._rows_per_rank * self._world)
+        unique, index = find_unique(self._addresses(rows), num_ids=self._rows_per_rank * self._world)
         route = open_route(unique, rows_per_rank=self._rows_per_rank, group=self._group)
         padded = self._values.new_empty(unique.numel() + 1, self.width)
         padded[-1] = 0
@@ -122,7 +124,11 @@ class TableGroup:
         return total
 
     def update(self, owned: OwnedGradients, *, lr: float, scale: float | Tensor = 1.0) -> None:
-        """Updates every touched row once.
+        """Updates every touched row once: those that a step fetched, even if the gradient came out as zero.
+
+        Rows that were not fetched change in nothing: neither their moments nor their values decay, as in the fused
+        optimizers of FBGEMM. `adam` and `rowwise_adam` correct their bias by the number of updates of the whole table,
+        as FBGEMM does.
 
         Args:
             owned: from `collect_gradients`.
@@ -130,17 +136,21 @@ class TableGroup:
             scale: multiplies the gradients (clipping).
         """
         self.step += 1
-        update_rows(
-            self._optimizer,
-            self._values,
-            self._state,
-            rows=owned.local_rows,
-            grad=owned.grad,
+        optimizer = self._optimizer
+        update = RowUpdate(
+            kind=optimizer.kind,
+            lr=lr * optimizer.lr_scale,
             scale=scale,
-            lr=lr * self._optimizer.lr_scale,
             step=self.step,
-            rounding=(derive_key(self._rounding_key, self.step), owned.local_rows * self._world + self._rank),
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            key=derive_key(self._rounding_key, self.step),
+            row_stride=self._world,
+            row_offset=self._rank,
         )
+        update_rows(self._values, self._state, rows=owned.local_rows, grad=owned.grad, update=update)
 
     def whole(self, name: str) -> Tensor:
         """All rows of one table on every rank, `[num_rows, E]`, gathered piece by piece. Collective."""
@@ -180,7 +190,7 @@ class TableGroup:
         columns = torch.arange(self.width, device=device)
         begin = -(-(first - self._rank) // self._world)
         end = -(-(first + spec.num_rows - self._rank) // self._world)
-        rows_at_once = max(1, VALUES_AT_ONCE[device.type] // self.width)
+        rows_at_once = max(1, _DRAWN_AT_ONCE[device.type] // self.width)
         for start in range(begin, end, rows_at_once):
             stop = min(start + rows_at_once, end)
             rows = torch.arange(start, stop, device=device) * self._world + self._rank - first

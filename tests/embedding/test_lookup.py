@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from megarec_kernels.unique_ids import find_unique
 from torch import Tensor
 
 from megarec.embedding.config import TableSpec
-from megarec.embedding.exchange import find_unique
 from megarec.embedding.lookup import lookup
 from megarec.embedding.tables import TableGroup
 
@@ -74,9 +74,9 @@ def test_the_backward_pass_is_bit_for_bit_repeatable() -> None:
 @pytest.mark.parametrize("count", [0, 1, 5, 100, 3000])
 def test_bitmap_and_sort_find_the_same_rows(count: int) -> None:
     addresses = rows_of((count,), 400)
-    one, one_index = find_unique(addresses, num_addresses=400)  # sorts when there are few addresses
+    one, one_index = find_unique(addresses, num_ids=400)  # sorts when there are few addresses
     padding = torch.full((4000,), -1)
-    other, other_index = find_unique(torch.cat([addresses, padding]), num_addresses=400)  # marks
+    other, other_index = find_unique(torch.cat([addresses, padding]), num_ids=400)  # marks
     assert torch.equal(one, other)
     assert torch.equal(one_index, other_index[:count])
     assert torch.equal(torch.where(one_index < 0, -1, one[one_index]) if count else addresses, addresses)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from megarec_kernels.unique_ids import find_unique
+from megarec_kernels.unique_ids.reference import FLAGS_PER_ID
 from torch import Tensor
 
 from megarec.embedding.config import TableConfig, TableSpec
-from megarec.embedding.exchange import BITMAP_RATIO, find_unique
 from megarec.embedding.lookup import lookup
 from megarec.embedding.tables import TableGroup
 from megarec.parallel.groups import ProcessInfo, start
@@ -15,9 +16,9 @@ from tests.ranks import run_ranks
 ADDRESSES = torch.tensor([[7, -1, 3], [-1, 7, -1]])
 
 
-@pytest.mark.parametrize("num_addresses", [8, BITMAP_RATIO * ADDRESSES.numel() + 1])
-def test_an_empty_slot_stays_empty(num_addresses: int) -> None:
-    unique, index = find_unique(ADDRESSES, num_addresses=num_addresses)
+@pytest.mark.parametrize("num_ids", [8, FLAGS_PER_ID * ADDRESSES.numel() + 1])
+def test_an_empty_slot_stays_empty(num_ids: int) -> None:
+    unique, index = find_unique(ADDRESSES, num_ids=num_ids)
     assert unique.tolist() == [3, 7]
     assert index.tolist() == [[1, -1, 0], [-1, 1, -1]]
 
