@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megarec_kernels.devices import has_kernel
 from megarec_kernels.table_rows import reference
 
 MAX_WIDTH = 4096  # a row stays in the registers of one program
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Kind = Literal["sgd", "rowwise_adagrad", "adam", "rowwise_adam"]
 
 
@@ -187,7 +187,7 @@ def _state_shapes(kind: Kind, values: Tensor) -> dict[str, torch.Size]:
 
 
 def _has_kernel(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype in KERNEL_DTYPES and rows.is_contiguous() and rows.shape[1] <= MAX_WIDTH
+    return has_kernel(rows) and rows.is_contiguous() and rows.shape[1] <= MAX_WIDTH
 
 
 def _check_state(values: Tensor, state: dict[str, Tensor], update: RowUpdate) -> None:

@@ -12,10 +12,12 @@ PLACES = {"order": "*i64", "number": "*i32", "starts": "*i32"}
 
 
 def variants() -> Iterator[Variant]:
-    """By width and dtype of the rows; one slot, which is the case of tables without bags."""
+    """By width and dtype of the rows; one slot, as of tables without bags, but for one of bags."""
     for dtype in ("fp32", "bf16", "fp16"):
         types = {"table": f"*{dtype}", "index": "*i64", "out": f"*{dtype}", "num": "i32", "width": "i32"}
         yield _variant(f"sum_slots 128 {dtype}", programs.sum_slots, types, {"num_slots": 1} | gpu.tile_of(128))
+    bags = {"table": "*fp32", "index": "*i64", "out": "*fp32", "num": "i32", "width": "i32", "num_slots": "i32"}
+    yield _variant("sum_slots 1024 fp32 bags", programs.sum_slots, bags, gpu.tile_of(1024))
     starts = {"number": "*i32", "starts": "*i32", "num": "i32"}
     yield _variant("find_starts", programs.find_starts, starts, {"BLOCK": gpu.PLACES_AT_ONCE})
     for width in (128, 1024):

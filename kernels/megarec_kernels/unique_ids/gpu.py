@@ -12,13 +12,10 @@ BLOCK = 1024
 
 
 def run_find_unique(ids: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
-    """As `find_unique`, by the bitmap, or by a sort of 32-bit keys where they fit."""
+    """As `find_unique`, by the bitmap or by a sort."""
     if num_ids <= BITS_PER_ID * ids.numel():
         return run_bitmap(ids, num_ids)
-    if num_ids > 2**31:
-        return sort_unique(ids)
-    unique, index = sort_unique(ids.to(torch.int32))
-    return unique.to(torch.int64), index
+    return sort_unique(ids, num_ids)
 
 
 def run_bitmap(ids: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
