@@ -115,7 +115,7 @@ def finish_rows(
     if KIND == "rowwise_adagrad" or KIND == "rowwise_adam":
         second = tl.load(square + row, mask=inside, other=0.0)
     if KIND != "add":
-        total *= tl.load(scale)
+        total *= tl.load(scale).to(tl.float32)
     tl.debug_barrier()  # several threads may hold a copy of a number: all have read it before one of them writes
     if KIND == "add":
         new = old + total
@@ -215,10 +215,11 @@ def sum_short(
     row = tl.load(rows + begin, mask=inside, other=0)
     length = tl.where(inside, length, 0)
     total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    slot = tl.load(order + begin, mask=length > 0, other=0)
     for step in range(tl.max(length, axis=0)):
-        here = step < length
-        vector = tl.load(order + begin + step, mask=here, other=0) // num_slots
-        total += load_vectors(grad, vector, here, width, BLOCK)
+        later = tl.load(order + begin + step + 1, mask=step + 1 < length, other=0)  # under way while vectors are read
+        total += load_vectors(grad, slot // num_slots, step < length, width, BLOCK)
+        slot = later
     finish_rows(
         total, row, inside, values, mean, square, scale, lr, keep, weight1, weight2, correction1, root_correction2, eps,
         key, row_stride, row_offset, width, KIND, BLOCK,
