@@ -211,6 +211,19 @@ def test_a_wrong_setting_is_seen(fault: str) -> None:
         assert_updated(*results)
 
 
+@pytest.mark.gpu
+def test_rows_beyond_2_to_the_31_numbers() -> None:
+    """4 GB of bf16; what lies that far back is read, added to and updated where it is."""
+    num_rows, width = 2**24 + 3, 128
+    table = torch.zeros(num_rows + 1, width, dtype=torch.bfloat16, device="cuda")
+    table[-4:-1] = 1.0
+    index = torch.tensor([[num_rows - 1], [num_rows - 3], [num_rows - 1]], device="cuda")
+    assert (gpu.run_sum_bags(table, index) == 1.0).all()
+    grad = torch.ones(3, width, device="cuda")
+    gpu.run_update_bags(table[:-1], {}, index=index, grad=grad, update=RowUpdate(kind="sgd", lr=0.25))
+    assert table[-4:, 0].tolist() == [0.75, 1.0, 0.5, 0.0] and (table[:-4] == 0.0).all()
+
+
 def test_mistakes_are_named() -> None:
     values = torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"state of adam must hold mean \[4, 3\], square \[4, 3\], got nothing"):
