@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import torch
-from kernels.bench.cases import Case, Draw, Inputs, Work
-from kernels.bench.compiled import compiled
 from megarec_kernels.dropout import DropoutMask, dropout
 from megarec_kernels.dropout.reference import dropout_reference
 from torch import Tensor
+
+from kernels.bench.cases import Case, Draw, Inputs, Work
+from kernels.bench.compiled import compiled
 
 
 def cases() -> Iterator[Case]:

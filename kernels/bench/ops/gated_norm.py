@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from kernels.bench.cases import Case, Draw, Inputs, Work
-from kernels.bench.compiled import compiled
 from megarec_kernels.gated_norm import Concat, Over, gated_norm
 from megarec_kernels.gated_norm.reference import gated_norm_reference
 from torch import Tensor
 
+from kernels.bench.cases import Case, Draw, Inputs, Work
+from kernels.bench.compiled import compiled
 from kernels.bench.ops.dropout import mask_of
 
 KINDS: dict[str, tuple[Over, Concat, bool]] = {

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from kernels.bench.cases import Case, Draw, Inputs, Method, Work
-from kernels.bench.compiled import compiled
 from megarec_kernels.layer_norm import add_layer_norm, layer_norm
 from megarec_kernels.layer_norm.reference import add_layer_norm_reference, layer_norm_reference
 from torch import Tensor
 
+from kernels.bench.cases import Case, Draw, Inputs, Method, Work
+from kernels.bench.compiled import compiled
 from kernels.bench.ops.dropout import mask_of
 
 EPS = 1e-6

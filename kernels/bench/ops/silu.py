@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from kernels.bench.cases import Case, Draw, Inputs, Work
-from kernels.bench.compiled import compiled
 from megarec_kernels.silu import SiluOn, UvqkLayout, linear_silu, split_silu
 from megarec_kernels.silu.reference import linear_silu_reference, split_silu_reference
 from torch import Tensor
+
+from kernels.bench.cases import Case, Draw, Inputs, Work
+from kernels.bench.compiled import compiled
 
 
 def cases() -> Iterator[Case]:

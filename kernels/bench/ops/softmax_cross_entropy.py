@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from kernels.bench.cases import Case, Draw, Inputs, Method, Work
-from kernels.bench.compiled import compiled
 from megarec_kernels.softmax_cross_entropy import Correction, log_sum_exp, shared_losses
 from megarec_kernels.softmax_cross_entropy.reference import log_sum_exp_reference, shared_losses_reference
 from torch import Tensor
+
+from kernels.bench.cases import Case, Draw, Inputs, Method, Work
+from kernels.bench.compiled import compiled
 
 CORRECTIONS: tuple[Correction, ...] = ("none", "standard", "negatives_only")
 
