@@ -8,6 +8,7 @@ Padding repeats the last token of its own history, so nothing is ever read from 
 tail. Causal attention then needs no length mask: a padding key comes after every real query of its history.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 ROWS_PER_BLOCK = 128
 MAX_PAIRS = 1 << 17
+FLOATS = torch.float64, torch.float32, torch.bfloat16, torch.float16
 MAX_WASTED_PAIRS = 1 << 15  # what another tile costs, in pairs
+
+
+class Memory:
+    """A buffer that is used again for tile after tile, so that it stays in the cache."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._buffer = like.new_empty(0)
+
+    def shaped(self, *shape: int) -> Tensor:
+        """Its beginning, with whatever is there; what it gave before is lost."""
+        size = math.prod(shape)
+        if len(self._buffer) < size:
+            self._buffer = self._buffer.new_empty(size)
+        return self._buffer[:size].view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +99,34 @@ class Tile:
         """Distances from the queries of a block to its keys, `[num_users, rows, keys]`; None: those of their rows."""
         return None if visibility is None else visibility.distance(self, *block[:2])
 
-    def take(self, values_NTH: Tensor) -> Tensor:
-        """The rows of all heads, `[N, T, H]` to `[N * num_users, length, H]`; a view if the tile is one history."""
+    def take(self, values_NTH: Tensor, memory: "Memory | None" = None) -> Tensor:
+        """The rows of all heads, `[N, T, H]` to `[N, num_users, length, H]`; a view if the tile is one history."""
         if self.num_users == 1:
-            return values_NTH[:, self.first_token : self.first_token + self.length]
-        heads, _, width = values_NTH.shape
-        return values_NTH.index_select(1, self.token).view(heads * self.num_users, self.length, width)
+            return values_NTH[:, None, self.first_token : self.first_token + self.length]
+        values_TNH = values_NTH.transpose(0, 1)  # as they lie in memory
+        memory = memory or Memory(values_NTH)
+        room = memory.shaped(len(self.token), *values_TNH.shape[1:])
+        rows = torch.index_select(values_TNH, 0, self.token, out=room)
+        return rows.transpose(0, 1).unflatten(1, (self.num_users, self.length))
 
-    def take_gradient(self, gradient_NTH: Tensor) -> Tensor:
+    def take_gradient(self, gradient_NTH: Tensor, memory: "Memory | None" = None) -> Tensor:
         """As `take`, with zeros in the padding, so that padding rows push nothing back."""
-        rows = self.take(gradient_NTH)
+        rows = self.take(gradient_NTH, memory)
         if len(self.padding):
-            rows.view(gradient_NTH.shape[0], -1, gradient_NTH.shape[2]).index_fill_(1, self.padding, 0)
+            rows.flatten(1, 2).index_fill_(1, self.padding, 0)
         return rows
 
-    def put(self, rows: Tensor, values_NTH: Tensor) -> None:
+    def put(self, rows: Tensor, values_NTH: Tensor, memory: "Memory | None" = None) -> None:
         """Writes the real ones of `rows` to their tokens: the way back of `take`."""
         if self.num_users == 1:
-            values_NTH[:, self.first_token : self.first_token + self.length] = rows
+            values_NTH[:, None, self.first_token : self.first_token + self.length] = rows
             return
-        heads, _, width = values_NTH.shape
-        rows = rows.view(heads, self.num_users * self.length, width).index_select(1, self.real)
-        values_NTH.index_copy_(1, self.token[self.real], rows)
+        rows, token = rows.flatten(1, 2).transpose(0, 1), self.token
+        if len(self.padding):
+            memory = memory or Memory(values_NTH)
+            room = memory.shaped(len(self.real), *rows.shape[1:])
+            rows, token = torch.index_select(rows, 0, self.real, out=room), token[self.real]
+        values_NTH.transpose(0, 1).index_copy_(0, token, rows)
 
     def add(self, rows: Tensor, values_NTH: Tensor) -> None:
         """As `put`, but adds to what is there."""
@@ -235,8 +257,8 @@ def check_jagged_attention(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> N
     """Refuses shapes and dtypes that no attention kernel of ours takes; says which argument is wrong."""
     if q.dim() != 3:
         raise ValueError(f"q must be [T, N, H], got {list(q.shape)}")
-    if q.dtype not in (torch.float64, torch.float32, torch.bfloat16):
-        raise ValueError(f"q must be float64, float32 or bfloat16, got {q.dtype}")
+    if q.dtype not in FLOATS:
+        raise ValueError(f"q must be float64, float32, bfloat16 or float16, got {q.dtype}")
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {list(q.shape)}, got {list(k.shape)}")
     if v.dim() != 3 or v.shape[:2] != q.shape[:2]:
@@ -258,11 +280,15 @@ def plan_for(cu_seqlens: Tensor, plan: TilePlan | None) -> TilePlan:
 
 
 def heads_first(values_TNH: Tensor) -> Tensor:
-    """`[T, N, H]` to contiguous `[N, T, H]` in the dtype sums are kept in: fp32 for bf16."""
-    work_dtype = torch.promote_types(values_TNH.dtype, torch.float32)
-    return values_TNH.transpose(0, 1).to(work_dtype).contiguous()
+    """`[T, N, H]` as `[N, T, H]` in the dtype of sums, fp32 for bf16 and fp16; a view if it has that already."""
+    return values_TNH.transpose(0, 1).to(torch.promote_types(values_TNH.dtype, torch.float32))
+
+
+def zeros_heads_first(num_heads: int, num_tokens: int, width: int, *, like: Tensor) -> Tensor:
+    """Zeros `[N, T, H]` that lie in memory as `[T, N, H]`."""
+    return like.new_zeros(num_tokens, num_heads, width).transpose(0, 1)
 
 
 def tokens_first(values_NTH: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[N, T, H]` to a contiguous copy `[T, N, H]` in `dtype`: the way back of `heads_first`."""
-    return values_NTH.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    """`[N, T, H]` as contiguous `[T, N, H]` in `dtype`: the way back of `heads_first`; a view if it lies so already."""
+    return values_NTH.transpose(0, 1).to(dtype).contiguous()

@@ -132,9 +132,10 @@ def of_rectangles(kind: str, pack: Pack, queries: Tensor, shares: list[Tensor]) 
         bias, ends = Bias(pack.position, pack.time, settings, dtype=q.dtype), [0]
         for part, (q, k, v), grad in zip(parts, inputs, grads, strict=True):
             ends.append(ends[-1] + len(part))
-            hstu.add_outputs(out, (q * SCALE, k, v), range(*ends[-2:]), bias=bias)
-            hstu.add_gradients(grad, outer, (q * SCALE, k, v), range(*ends[-2:]), bias=bias)
-        grad_q *= SCALE
+            out += hstu.attend((q, k, v), range(*ends[-2:]), bias=bias)
+            found = hstu.attend_backward(outer, (q, k, v), range(*ends[-2:]), bias=bias)
+            for total, own in zip(grad, found, strict=True):
+                total += own
         extra = list(bias.gradients())
     else:
         settings = {"scale": SCALE, "visibility": pack.visibility}

@@ -1,5 +1,6 @@
 """HSTU attention over jagged histories, tile by tile; its backward computes the scores again."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megarec_kernels.hstu_attention.times import TimeBuckets
-from megarec_kernels.tiles import AttentionPlan, heads_first, tokens_first
+from megarec_kernels.tiles import (
+    MAX_PAIRS,
+    ROWS_PER_BLOCK,
+    AttentionPlan,
+    Memory,
+    Tile,
+    heads_first,
+    tokens_first,
+)
 from megarec_kernels.visibility import Visibility
+
+HIDDEN = -1e30  # SiLU and its derivative are 0 there, and no score reaches it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +51,9 @@ class JaggedHSTUAttention(torch.autograd.Function):
         """The outputs of all tiles, `[T, N, Hv]`."""
         ctx.save_for_backward(q, k, v, position_bias, time_bias)
         ctx.settings = settings
-        bias = Bias(position_bias, time_bias, settings, dtype=torch.promote_types(q.dtype, torch.float32))
-        inputs = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
-        out_NTH = torch.zeros_like(inputs[2])
-        add_outputs(out_NTH, inputs, range(len(settings.plan.tiles)), bias=bias)
-        return tokens_first(out_NTH.div_(settings.divisor), q.dtype)
+        inputs = heads_first(q), heads_first(k), heads_first(v)
+        bias = Bias(position_bias, time_bias, settings, dtype=inputs[0].dtype)
+        return tokens_first(attend(inputs, range(len(settings.plan.tiles)), bias=bias), q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -52,94 +61,143 @@ class JaggedHSTUAttention(torch.autograd.Function):
         """Gradients of `q`, `k`, `v` and the two biases."""
         q, k, v, position_bias, time_bias = ctx.saved_tensors
         settings: HSTUSettings = ctx.settings
-        bias = Bias(position_bias, time_bias, settings, dtype=torch.promote_types(q.dtype, torch.float32))
-        inputs = heads_first(q) * settings.scale, heads_first(k), heads_first(v)
-        grad_out_NTH = heads_first(gradients[0]) / settings.divisor
-        grads_NTH = torch.zeros_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
-        add_gradients(grads_NTH, grad_out_NTH, inputs, range(len(settings.plan.tiles)), bias=bias)
-        grads_NTH[0].mul_(settings.scale)
-        grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)
+        inputs = heads_first(q), heads_first(k), heads_first(v)
+        bias = Bias(position_bias, time_bias, settings, dtype=inputs[0].dtype)
+        found = attend_backward(heads_first(gradients[0]), inputs, range(len(settings.plan.tiles)), bias=bias)
+        grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in found)
         return grad_q, grad_k, grad_v, *bias.gradients(), None
 
 
+Block = tuple[int, int, int]
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def add_outputs(out_NTH: Tensor, inputs: Three, numbers: range, *, bias: "Bias") -> None:
-    """Adds `sum_j SiLU(q_i . k_j + biases) v_j` over the keys j of some tiles that query i sees.
+def attend(inputs: Three, numbers: range, *, bias: "Bias") -> Tensor:
+    """`sum_j SiLU(scale q_i . k_j + biases) v_j / divisor` over the keys j of some tiles that query i sees.
 
     Args:
-        out_NTH: `[N, I, Hv]`, the sums so far.
-        inputs: q `[N, I, H]` with the scale in it, k `[N, J, H]`, v `[N, J, Hv]`, in fp32 or fp64.
+        inputs: q `[N, I, H]`, k `[N, J, H]`, v `[N, J, Hv]`, in fp32 or fp64.
         numbers: of the tiles, or rectangles, in the plan that `bias` was made for.
         bias: of the scores.
+
+    Returns:
+        `[N, I, Hv]`, 0 for queries of no tile.
     """
+    scale, share = bias.settings.scale, 1 / bias.settings.divisor
+    out = _zeros(inputs[2], inputs[0].shape[1])
+    *of_rows, of_sums, of_scores = (Memory(out) for _ in range(5))
     for number in numbers:
         tile = bias.tiles[number]
-        queries, keys, values = tile.queries.take(inputs[0]), tile.keys.take(inputs[1]), tile.keys.take(inputs[2])
-        out = values.new_zeros(*queries.shape[:2], values.shape[2])
+        sides = tile.queries, tile.keys, tile.keys
+        queries, keys, values = (side.take(x, memory) for side, x, memory in zip(sides, inputs, of_rows, strict=True))
+        sums = _start_sums(out, tile.queries, of_sums)
         for place, block in enumerate(tile.row_blocks()):
-            first, last, num_keys = block
-            scores = torch.bmm(queries[:, first:last], keys[:, :num_keys].transpose(1, 2))
-            bias.add(scores, block, number=number, place=place)
-            weights = _forget_unseen(F.silu(scores, inplace=True), tile.seen(bias.visibility, block))
-            torch.bmm(weights, values[:, :num_keys], out=out[:, first:last])
-        tile.queries.add(out, out_NTH)
+            (first, last, num_keys), biases = block, bias.of_block(block, number=number, place=place)
+            for heads in _groups_of_heads(len(out), biases):
+                q, k, v = queries[heads, :, first:last], keys[heads, :, :num_keys], values[heads, :, :num_keys]
+                weights = F.silu(_scores(of_scores, q, k, biases=biases, scale=scale), inplace=True)
+                _batch(sums[heads, :, first:last]).baddbmm_(weights, _batch(v), beta=0, alpha=share)
+        if tile.queries.num_users > 1:
+            tile.queries.put(sums, out, of_scores)
+    return out
 
 
-def add_gradients(grads_NTH: Three, grad_out_NTH: Tensor, inputs: Three, numbers: range, *, bias: "Bias") -> None:
-    """Adds what some tiles give to the gradients of q, k, v, in the shapes of `inputs`, and of the biases.
+def attend_backward(grad_out: Tensor, inputs: Three, numbers: range, *, bias: "Bias") -> Three:
+    """What some tiles give to the gradients of q, k and v, in the shapes of `inputs`; `bias` collects its own.
 
     Args:
-        grads_NTH: of q (with the scale in it), k and v.
-        grad_out_NTH: of the sums, `[N, I, Hv]`.
-        inputs: as in `add_outputs`.
+        grad_out: of what `attend` returned, `[N, I, Hv]`.
+        inputs: as in `attend`.
         numbers: likewise.
         bias: likewise.
     """
+    grads = _zeros(inputs[0]), _zeros(inputs[1]), _zeros(inputs[2])
+    memories = [Memory(grad_out) for _ in range(10)]
     for number in numbers:
         tile = bias.tiles[number]
-        rows = tile.queries.take(inputs[0]), tile.keys.take(inputs[1]), tile.keys.take(inputs[2])
-        found = _tile_backward(number, rows, tile.queries.take_gradient(grad_out_NTH), bias=bias)
-        for side, grad, grad_NTH in zip((tile.queries, tile.keys, tile.keys), found, grads_NTH, strict=True):
-            side.add(grad, grad_NTH)
+        sides = tile.queries, tile.keys, tile.keys
+        queries, keys, values = (
+            side.take(x, memory) for side, x, memory in zip(sides, inputs, memories[:3], strict=True)
+        )
+        outer = tile.queries.take_gradient(grad_out, memories[3])
+        grad_q, grad_k, grad_v = (_start_sums(*x) for x in zip(grads, sides, memories[4:7], strict=True))
+        sums = grad_q, grad_k, grad_v
+        _add_tile(sums, outer, (queries, keys, values), number=number, bias=bias, memories=memories[7:])
+        for side, found, grad in zip(sides, sums, grads, strict=True):
+            if side.num_users > 1:
+                side.put(found, grad, memories[7])
+    return grads
 
 
-def _tile_backward(number: int, inputs: Three, grad_out: Tensor, *, bias: "Bias") -> Three:
-    tile = bias.tiles[number]
-    queries, keys, values = inputs
-    grad_q, grad_k, grad_v = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for place, block in enumerate(tile.row_blocks()):
-        rows, seen = slice(*block[:2]), slice(block[2])
-        scores = torch.bmm(queries[:, rows], keys[:, seen].transpose(1, 2))
-        bias.add(scores, block, number=number, place=place)
-        grad_scores = torch.bmm(grad_out[:, rows], values[:, seen].transpose(1, 2))
-        visible = tile.seen(bias.visibility, block)
-        grad_scores = _forget_unseen(torch.ops.aten.silu_backward(grad_scores, scores), visible)
-        weights = _forget_unseen(F.silu(scores, inplace=True), visible)
-        grad_v[:, seen].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
-        torch.bmm(grad_scores, keys[:, seen], out=grad_q[:, rows])
-        grad_k[:, seen].baddbmm_(grad_scores.transpose(1, 2), queries[:, rows])
-        bias.collect(grad_scores, block, number=number, place=place)
-    return grad_q, grad_k, grad_v
+def _add_tile(
+    sums: Three, grad_out: Tensor, inputs: Three, *, number: int, bias: "Bias", memories: list[Memory]
+) -> None:
+    """Adds what a tile gives to the gradients of its q, k, v; all are `[N, num_users, rows, width]`.
+
+    With sigma = sigmoid(s) and w = SiLU(s) = s sigma, the derivative of SiLU is `sigma + w (1 - sigma)`.
+    """
+    scale, share = bias.settings.scale, 1 / bias.settings.divisor
+    (queries, keys, values), (grad_q, grad_k, grad_v) = inputs, sums
+    of_scores, of_sigmoids, of_biases = memories
+    for place, block in enumerate(bias.tiles[number].row_blocks()):
+        (first, last, num_keys), biases = block, bias.of_block(block, number=number, place=place)
+        grad_biases = of_biases.shaped(*biases.shape).zero_() if bias.learns else None
+        for heads in _groups_of_heads(len(queries), biases):
+            q, k = queries[heads, :, first:last], keys[heads, :, :num_keys]
+            g, v = _batch(grad_out[heads, :, first:last]), _batch(values[heads, :, :num_keys])
+            scores = _scores(of_scores, q, k, biases=biases, scale=scale)
+            sigmoid = torch.sigmoid(scores, out=of_sigmoids.shaped(*scores.shape))
+            weights = scores.mul_(sigmoid)
+            _batch(grad_v[heads, :, :num_keys]).baddbmm_(weights.transpose(1, 2), g, alpha=share)
+            slope = torch.lerp(sigmoid, bias.one, weights, out=sigmoid)
+            grad_scores = weights.baddbmm_(g, v.transpose(1, 2), beta=0, alpha=share).mul_(slope)
+            _batch(grad_q[heads, :, first:last]).baddbmm_(grad_scores, _batch(k), beta=0, alpha=scale)
+            _batch(grad_k[heads, :, :num_keys]).baddbmm_(grad_scores.transpose(1, 2), _batch(q), alpha=scale)
+            if grad_biases is not None:
+                for of_head in grad_scores.view(-1, *biases.shape):
+                    grad_biases += of_head
+        if grad_biases is not None:
+            bias.collect(grad_biases, block, number=number, place=place)
 
 
-def _forget_future(pairs: Tensor) -> Tensor:
-    """Zeroes what a query would give to later keys; row i of the block is query `keys - rows + i`."""
-    _, rows, keys = pairs.shape
-    return pairs.tril_(keys - rows)
+def _zeros(like: Tensor, num_tokens: int | None = None) -> Tensor:
+    """Zeros `[N, T, width]` that lie in memory as `[T, N, width]`."""
+    heads, tokens, width = like.shape
+    return like.new_zeros(num_tokens or tokens, heads, width).transpose(0, 1)
 
 
-def _forget_unseen(pairs: Tensor, visible: Tensor | None) -> Tensor:
-    """Zeroes what a query would give to keys that are not `visible` `[num_users, rows, keys]`; None: to later keys."""
-    if visible is None:
-        return _forget_future(pairs)
-    pairs.view(-1, *visible.shape).masked_fill_(~visible, 0)
-    return pairs
+def _start_sums(total_NTH: Tensor, side: Tile, memory: Memory) -> Tensor:
+    """Zeros `[N, num_users, rows, H]` to sum in: a part of `total_NTH` itself if the tile is one history."""
+    if side.num_users == 1:
+        return side.take(total_NTH)
+    return memory.shaped(len(total_NTH), side.num_users, side.length, total_NTH.shape[2]).zero_()
+
+
+def _groups_of_heads(num_heads: int, biases: Tensor) -> Iterator[slice]:
+    """Heads whose scores of a block fit into the cache together; of several histories one head, so that views do."""
+    size = max(1, MAX_PAIRS // biases.numel()) if len(biases) == 1 else 1
+    for first in range(0, num_heads, size):
+        yield slice(first, min(first + size, num_heads))
+
+
+def _batch(rows: Tensor) -> Tensor:
+    """`[heads, num_users, rows, width]` as a batch of matrices; a view, since there is one head or one history."""
+    return rows.flatten(0, 1)
+
+
+def _scores(memory: Memory, q: Tensor, k: Tensor, *, biases: Tensor, scale: float) -> Tensor:
+    """`scale q_i . k_j + biases` of some heads, `[heads * num_users, rows, keys]`."""
+    scores = memory.shaped(*q.shape[:3], k.shape[2]).copy_(biases)
+    return _batch(scores).baddbmm_(_batch(q), _batch(k).transpose(1, 2), alpha=scale)
 
 
 class Bias:
-    """Adds the position and time bias to scores `[N * num_users, rows, keys]` and sums their gradients."""
+    """What is added to the scores of a block, `[num_users, rows, keys]`, and the sums of its gradients.
+
+    It is the position and the time bias, and `HIDDEN` where a query does not see a key, so that SiLU and its
+    derivative are 0 there. Where queries and keys are the same rows and a query sees all that is not later, position
+    bias and `HIDDEN` depend on i - j alone: every block is a part of one table, and its gradient adds to that part.
+    """
 
     def __init__(
         self,
@@ -150,43 +208,68 @@ class Bias:
         dtype: torch.dtype,
     ) -> None:
         self.originals = position_bias, time_bias
+        self.settings = settings
         self.tiles = settings.plan.tiles
-        self.time_buckets = settings.time_buckets
-        self.visibility = settings.visibility
+        self.learns = position_bias is not None or time_bias is not None
+        self.one = torch.ones((), dtype=dtype)
         self.position = None if position_bias is None else position_bias.to(dtype)
         self.time = None if time_bias is None else time_bias.to(dtype)
         self.grad_position = None if position_bias is None else torch.zeros_like(position_bias, dtype=torch.float64)
         self.grad_time = None if time_bias is None else torch.zeros_like(time_bias, dtype=torch.float64)
+        longest = max((tile.queries.length for tile in self.tiles), default=1)
+        self.last_block = (longest - 1) // ROWS_PER_BLOCK * ROWS_PER_BLOCK
+        self.table = self._make_table(min(longest, ROWS_PER_BLOCK), dtype)
+        self.grad_table = torch.zeros_like(self.table)
 
-    def add(self, scores: Tensor, block: tuple[int, int, int], *, number: int, place: int) -> None:
-        """Adds both biases in place; `block` is the one at `place` of tile `number`."""
-        _, rows, keys = scores.shape
-        tile = self.tiles[number]
-        by_user = scores.view(-1, tile.num_users, rows, keys)
+    def _make_table(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, keys]` of the last block of the longest history: `position[i - j]`, `HIDDEN` in the future."""
+        keys = self.last_block + rows
+        past = torch.zeros(0, dtype=dtype) if self.position is None else self.position[:keys]
+        past = F.pad(past, (0, keys - len(past)))
+        newest_first = torch.cat([past.flip(0), past.new_full((rows - 1,), HIDDEN)])
+        return newest_first.unfold(0, keys, 1).flip(0).contiguous()
+
+    def _part(self, table: Tensor, block: Block) -> Tensor:
+        """The rows and columns of a block in the table; earlier blocks see fewer keys, the nearest ones."""
+        first, last, num_keys = block
+        skipped = self.last_block - first
+        return table[: last - first, skipped : skipped + num_keys]
+
+    def of_block(self, block: Block, *, number: int, place: int) -> Tensor:
+        """What is added to the scores of the block that is at `place` of tile `number`."""
+        tile, visibility = self.tiles[number], self.settings.visibility
+        buckets, seen = self._buckets(number, place), tile.seen(visibility, block)
+        time = None if self.time is None else self.time.index_select(0, buckets.flatten().int()).view(buckets.shape)
+        if seen is None:
+            part = self._part(self.table, block)
+            return part.expand(tile.queries.num_users, *part.shape) if time is None else time.add_(part)
+        biases = self.one.new_zeros(seen.shape) if time is None else time
         if self.position is not None:
-            distance = tile.distance(self.visibility, block)
-            by_user.add_(
-                _distances_to_pairs(self.position, rows, keys) if distance is None else self.position[distance]
-            )
-        if self.time is not None and self.time_buckets is not None:
-            buckets = self.time_buckets.blocks[number][place]
-            by_user.add_(self.time.index_select(0, buckets.flatten().int()).view(buckets.shape))
+            distance = tile.distance(visibility, block)
+            assert distance is not None
+            biases += self.position.index_select(0, distance.flatten()).view(distance.shape)
+        return biases.masked_fill_(~seen, HIDDEN)
 
-    def collect(self, grad_scores: Tensor, block: tuple[int, int, int], *, number: int, place: int) -> None:
-        """Adds the gradient of one block to the gradients of the biases."""
-        _, rows, keys = grad_scores.shape
-        tile = self.tiles[number]
-        by_user = grad_scores.view(-1, tile.num_users, rows, keys)
-        distance = None if self.grad_position is None else tile.distance(self.visibility, block)
+    def collect(self, grad: Tensor, block: Block, *, number: int, place: int) -> None:
+        """Adds the gradient of one block, summed over the heads, to the gradients of the biases."""
+        distance = self.tiles[number].distance(self.settings.visibility, block)
         if self.grad_position is not None and distance is None:
-            self.grad_position[:keys] += _pairs_to_distances(grad_scores.sum(dim=0), keys)
+            self._part(self.grad_table, block).add_(grad[0] if len(grad) == 1 else grad.sum(dim=0))
         elif self.grad_position is not None and distance is not None:
-            self.grad_position += _sum_by(distance, by_user, len(self.grad_position))
-        if self.grad_time is not None and self.time_buckets is not None:
-            self.grad_time += _sum_by(self.time_buckets.blocks[number][place], by_user, len(self.grad_time))
+            self.grad_position += _sum_by(distance, grad, len(self.grad_position))
+        if self.grad_time is not None:
+            self.grad_time += _sum_by(self._buckets(number, place), grad, len(self.grad_time))
+
+    def _buckets(self, number: int, place: int) -> Tensor:
+        if self.settings.time_buckets is None:
+            return self.one
+        return self.settings.time_buckets.blocks[number][place]
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Gradients of the biases in their own dtype."""
+        """Gradients of the biases in their own dtype, after all blocks were collected."""
+        if self.grad_position is not None:
+            by_distance = _pairs_to_distances(self.grad_table)[: len(self.grad_position)]
+            self.grad_position[: len(by_distance)] += by_distance
         sums = self.grad_position, self.grad_time
         return tuple(
             None if total is None or original is None else total.to(original.dtype)
@@ -194,20 +277,14 @@ class Bias:
         )
 
 
-def _sum_by(index: Tensor, by_user: Tensor, size: int) -> Tensor:
-    """Sums `[N, num_users, rows, keys]` by an `index` `[num_users, rows, keys]` into `[size]`, in fp64."""
-    return torch.bincount(index.flatten(), weights=by_user.sum(dim=0).double().flatten(), minlength=size)
+def _sum_by(index: Tensor, pairs: Tensor, size: int) -> Tensor:
+    """Sums `pairs` by an `index` of the same shape into `[size]`, in fp64."""
+    return torch.bincount(index.flatten(), weights=pairs.double().flatten(), minlength=size)
 
 
-def _distances_to_pairs(values: Tensor, rows: int, keys: int) -> Tensor:
-    """`[rows, keys]` with `values[i - j]` for the last `rows` queries of `keys`; 0 in the future."""
-    newest_first = torch.cat([values[:keys].flip(0), values.new_zeros(rows - 1)])
-    return newest_first.unfold(0, keys, 1).flip(0)
-
-
-def _pairs_to_distances(pairs: Tensor, keys: int) -> Tensor:
-    """Sums `[rows, keys]` along the diagonals into `[keys]` by distance i - j: turns `_distances_to_pairs` round."""
-    rows = pairs.shape[0]
+def _pairs_to_distances(pairs: Tensor) -> Tensor:
+    """Sums `[rows, keys]` along the diagonals into `[keys]` by distance: row i is query `keys - rows + i`."""
+    rows, keys = pairs.shape
     # A row of keys + rows values read with a stride one less moves right by one per row: diagonals become columns.
     skewed = F.pad(pairs.flip(1), (0, rows)).flatten()[:-rows].view(rows, keys + rows - 1)
     return skewed.sum(dim=0, dtype=torch.float64)[rows - 1 :]

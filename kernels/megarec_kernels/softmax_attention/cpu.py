@@ -27,10 +27,10 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
         out_NTH = torch.zeros_like(inputs[2])
         log_sums = []
         for tile in plan.tiles:
-            rows = [tile.take(values).unsqueeze(1) for values in inputs]
+            rows = [tile.take(values) for values in inputs]
             mask = None if visibility is None else _mask(visibility, tile, rows[0])
             out, log_sum = flash_forward(*rows, 0.0, mask is None, attn_mask=mask, scale=scale)
-            tile.put(out.squeeze(1), out_NTH)
+            tile.put(out, out_NTH)
             log_sums.append(log_sum)
         ctx.save_for_backward(q, k, v, out_NTH, *log_sums)
         ctx.scale, ctx.plan, ctx.visibility = scale, plan, visibility
@@ -45,18 +45,18 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
         grad_out_NTH = heads_first(gradients[0])
         grads_NTH = tuple(torch.zeros_like(values) for values in inputs)
         for tile, log_sum in zip(ctx.plan.tiles, log_sums, strict=True):
-            rows = [tile.take(values).unsqueeze(1) for values in (*inputs, out_NTH)]
-            grad_out = tile.take_gradient(grad_out_NTH).unsqueeze(1)
+            rows = [tile.take(values) for values in (*inputs, out_NTH)]
+            grad_out = tile.take_gradient(grad_out_NTH)
             mask = None if ctx.visibility is None else _mask(ctx.visibility, tile, rows[0])
             tile_grads = flash_backward(grad_out, *rows, log_sum, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
             for grad, grad_NTH in zip(tile_grads, grads_NTH, strict=True):
-                tile.put(grad.squeeze(1), grad_NTH)
+                tile.put(grad, grad_NTH)
         grad_q, grad_k, grad_v = (tokens_first(grad, q.dtype) for grad in grads_NTH)
         return grad_q, grad_k, grad_v, None, None, None
 
 
 def _mask(visibility: Visibility, tile: Tile, rows: Tensor) -> Tensor:
-    """What is added to the scores of a tile, `[N * num_users, 1, length, length]` in the dtype of `rows`."""
+    """What is added to the scores of a tile, `[N, num_users, length, length]` in the dtype of `rows`."""
     seen = visibility.seen(tile, 0, tile.length)
     mask = rows.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    return mask.expand(len(rows) // tile.num_users, *seen.shape).reshape(len(rows), 1, *seen.shape[1:])
+    return mask.expand(len(rows), *seen.shape)

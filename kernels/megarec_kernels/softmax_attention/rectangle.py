@@ -41,11 +41,11 @@ def merge_outputs(
             rows, seen = slice(*block[:2]), slice(block[2])
             mask = _mask(rectangle, visibility, block, like=query)
             out, log_sum = _forward(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask=mask, scale=scale)
-            out, log_sum = out.flatten(0, 1), log_sum.flatten(0, 1).unsqueeze(2)
-            total = torch.logaddexp(old_log_sum[:, rows], log_sum)
+            before, log_sum = old_log_sum[:, :, rows], log_sum.unsqueeze(3)
+            total = torch.logaddexp(before, log_sum)
             known = _finite(total)
-            new_out[:, rows] = (old_log_sum[:, rows] - known).exp() * old_out[:, rows] + (log_sum - known).exp() * out
-            new_log_sum[:, rows] = total
+            new_out[:, :, rows] = (before - known).exp() * old_out[:, :, rows] + (log_sum - known).exp() * out
+            new_log_sum[:, :, rows] = total
         rectangle.queries.put(new_out, merged[0])
         rectangle.queries.put(new_log_sum, merged[1])
 
@@ -73,12 +73,11 @@ def add_gradients(
         scale: the factor of `q . k`.
         visibility: which earlier tokens a token sees; None: all of its history.
     """
-    heads = len(grad_out)
     for rectangle in rectangles:
         query, key, value = _take(rectangle, inputs)
-        out, log_sum = (rectangle.queries.take(x).unflatten(0, (heads, -1)) for x in merged)
+        out, log_sum = (rectangle.queries.take(x) for x in merged)
         log_sum = _finite(log_sum)
-        outer = rectangle.queries.take_gradient(grad_out).unflatten(0, (heads, -1))
+        outer = rectangle.queries.take_gradient(grad_out)
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
         for block in rectangle.row_blocks():
             rows, seen = slice(*block[:2]), slice(block[2])
@@ -91,17 +90,15 @@ def add_gradients(
                 (grad_v[:, :, seen], found[2]),
             ):
                 total += part
-        rectangle.queries.add(grad_q.flatten(0, 1), grads[0])
-        rectangle.keys.add(grad_k.flatten(0, 1), grads[1])
-        rectangle.keys.add(grad_v.flatten(0, 1), grads[2])
+        rectangle.queries.add(grad_q, grads[0])
+        rectangle.keys.add(grad_k, grads[1])
+        rectangle.keys.add(grad_v, grads[2])
 
 
 def _take(rectangle: Rectangle, inputs: Three) -> Three:
     """Queries `[N, U, I, H]`, keys and values `[N, U, J, H]` of a rectangle."""
     q, k, v = inputs
-    rows = rectangle.queries.take(q), rectangle.keys.take(k), rectangle.keys.take(v)
-    query, key, value = (x.unflatten(0, (len(q), -1)) for x in rows)
-    return query, key, value
+    return rectangle.queries.take(q), rectangle.keys.take(k), rectangle.keys.take(v)
 
 
 def _mask(

@@ -116,26 +116,26 @@ class _HSTURing(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, position_bias, time_bias)
         ctx.settings, ctx.steps, ctx.group = settings, steps, group
-        query = heads_first(q) * settings.scale
+        query = heads_first(q)
         bias = Bias(position_bias, time_bias, settings, dtype=query.dtype)
-        out = query.new_zeros(*query.shape[:2], v.shape[2])
+        out = query.new_zeros(len(v), *v.shape[1:]).transpose(0, 1)
         for numbers, keys, values in _pass_by(steps, k, v, group):
-            hstu.add_outputs(out, (query, keys, values), numbers, bias=bias)
-        return tokens_first(out.div_(settings.divisor), q.dtype)
+            out += hstu.attend((query, keys, values), numbers, bias=bias)
+        return tokens_first(out, q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position_bias, time_bias = ctx.saved_tensors
         settings: HSTUSettings = ctx.settings
-        query, grad_out = heads_first(q) * settings.scale, heads_first(gradients[0]) / settings.divisor
+        query, grad_out = heads_first(q), heads_first(gradients[0])
         bias = Bias(position_bias, time_bias, settings, dtype=query.dtype)
         grad_q, home = torch.zeros_like(query), _Home(ctx.group)
         for numbers, keys, values in _pass_by(ctx.steps, k, v, ctx.group):
-            grads = grad_q, torch.zeros_like(keys), torch.zeros_like(values)
-            hstu.add_gradients(grads, grad_out, (query, keys, values), numbers, bias=bias)
-            home.add(grads[1:])
-        found = (tokens_first(grad, q.dtype) for grad in (grad_q.mul_(settings.scale), *home.arrived()))
+            own, *of_keys = hstu.attend_backward(grad_out, (query, keys, values), numbers, bias=bias)
+            grad_q += own
+            home.add(tuple(of_keys))
+        found = (tokens_first(grad, q.dtype) for grad in (grad_q, *home.arrived()))
         return *found, *bias.gradients(), None, None, None
 
 
