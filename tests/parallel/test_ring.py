@@ -196,8 +196,8 @@ def order_of_work(process: ProcessInfo) -> list[str]:
     passing = ring_module._Passing
     passing.__init__ = logged("send", passing.__init__)  # type: ignore[method-assign]
     passing.wait = logged("wait", passing.wait)  # type: ignore[method-assign]
-    hstu.add_outputs = logged("work", hstu.add_outputs)
-    hstu.add_gradients = logged("work", hstu.add_gradients)
+    hstu.attend = logged("work", hstu.attend)
+    hstu.attend_backward = logged("work", hstu.attend_backward)
     x, cu_seqlens, _ = make_pack("one user")
     ring = Ring(group=groups.context)
     plan = ring.plan(cu_seqlens, num_tokens=T, visibility=None)

@@ -7,7 +7,7 @@ cp - 1 times in each pass, and gradients of as many cp times in the second. Whol
 fewer of them than ranks. The order of all sums is fixed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, starmap
 from typing import Any
@@ -134,7 +134,7 @@ class _HSTURing(torch.autograd.Function):
         for numbers, keys, values in _pass_by(ctx.steps, k, v, ctx.group):
             own, *of_keys = hstu.attend_backward(grad_out, (query, keys, values), numbers, bias=bias)
             grad_q += own
-            home.add(tuple(of_keys))
+            home.add(of_keys)
         found = (tokens_first(grad, q.dtype) for grad in (grad_q, *home.arrived()))
         return *found, *bias.gradients(), None, None, None
 
@@ -192,16 +192,17 @@ class _Home:
         self._group = group
         self._passing: _Passing | None = None
 
-    def add(self, grads: tuple[Tensor, ...]) -> None:
+    def add(self, grads_NTH: Sequence[Tensor]) -> None:
         """Adds this step's to what the ranks before found of the same keys, and sends the sums on."""
+        grads = tuple(grad.transpose(0, 1).contiguous() for grad in grads_NTH)
         if self._passing is not None:
             grads = tuple(found + own for found, own in zip(self._passing.wait(), grads, strict=True))
         self._passing = _Passing(grads, self._group, tag=1)
 
     def arrived(self) -> tuple[Tensor, ...]:
-        """After the last step: those of this rank's keys and values."""
+        """After the last step: those of this rank's keys and values, `[N, T / cp, H]`."""
         assert self._passing is not None
-        return self._passing.wait()
+        return tuple(grad.transpose(0, 1) for grad in self._passing.wait())
 
 
 class _Passing:
