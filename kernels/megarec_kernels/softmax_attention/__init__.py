@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from megarec_kernels.softmax_attention import varlen
 from megarec_kernels.softmax_attention.cpu import JaggedSoftmaxAttention
 from megarec_kernels.softmax_attention.sdpa import attend_tiles
 from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
@@ -24,12 +25,12 @@ def softmax_attention(
     """Each token attends to itself and to the earlier tokens of its own history that it sees.
 
     `out_i = sum_{j <= i} softmax_j(scale q_i . k_j) v_j`, per head. Tokens from `cu_seqlens[-1]` on are dead: output
-    and gradients are 0 whatever they hold. Memory is linear in T; bf16 inputs are summed in fp32. The same inputs
-    give the same bits. With `weigh`, dropout on the probabilities, all of them are kept for the backward: memory then
-    grows with the squares of the lengths, in the dtype of `q`.
+    and gradients are 0 whatever they hold. Memory is linear in T; bf16 and fp16 inputs are summed in fp32. The same
+    inputs give the same bits, off the CPU where `README.md` says so. With `weigh`, dropout on the probabilities, all
+    of them are kept for the backward: memory then grows with the squares of the lengths, in the dtype of `q`.
 
     Args:
-        q: `[T, N, H]` float64, float32 or bfloat16.
+        q: `[T, N, H]` float64, float32, bfloat16 or float16.
         k: as `q`.
         v: as `q`.
         cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0, ends at or before T.
@@ -52,6 +53,8 @@ def softmax_attention(
     if visibility is not None:
         seen = visibility
         plan.once(("places", seen), lambda: check_visibility(seen, plan))
+    if visibility is None and weigh is None and plan.num_tokens and varlen.takes(q):
+        return varlen.attend_histories(q, k, v, scale=scale, plan=plan)
     if q.device.type != "cpu" or weigh is not None:
         return attend_tiles(q, k, v, scale=scale, plan=plan, visibility=visibility, weigh=weigh)
     return JaggedSoftmaxAttention.apply(q, k, v, scale, plan, visibility)
