@@ -194,11 +194,6 @@ class TilePlan:
             return True
         return torch.equal(self.cu_seqlens, cu_seqlens)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the histories; those behind them are dead. Known without a look at the device."""
-        return sum(len(tile.real) for tile in self.tiles)
-
 
 def plan_tiles(cu_seqlens: Tensor) -> TilePlan:
     """Plans attention over all tokens of a pack.
@@ -287,11 +282,6 @@ def plan_for(cu_seqlens: Tensor, plan: TilePlan | None) -> TilePlan:
 def heads_first(values_TNH: Tensor) -> Tensor:
     """`[T, N, H]` as `[N, T, H]` in the dtype of sums, fp32 for bf16 and fp16; a view if it has that already."""
     return values_TNH.transpose(0, 1).to(torch.promote_types(values_TNH.dtype, torch.float32))
-
-
-def zeros_heads_first(num_heads: int, num_tokens: int, width: int, *, like: Tensor) -> Tensor:
-    """Zeros `[N, T, H]` that lie in memory as `[T, N, H]`."""
-    return like.new_zeros(num_tokens, num_heads, width).transpose(0, 1)
 
 
 def tokens_first(values_NTH: Tensor, dtype: torch.dtype) -> Tensor:

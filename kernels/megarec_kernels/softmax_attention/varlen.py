@@ -29,7 +29,7 @@ def attend_histories(q: Tensor, k: Tensor, v: Tensor, *, scale: float, plan: Til
     The kernel leaves the outputs of dead tokens unwritten, so it is given the living ones alone.
     """
     living = (values[: plan.num_tokens] for values in (q, k, v))
-    out: Tensor = _Attention.apply(*living, plan.cu_seqlens.int(), plan.max_length, scale)
+    out: Tensor = _Attention.apply(*living, plan.once("int32", plan.cu_seqlens.int), plan.max_length, scale)
     return F.pad(out, (0, 0, 0, 0, 0, len(q) - plan.num_tokens))
 
 
