@@ -280,7 +280,12 @@ def plan_for(cu_seqlens: Tensor, plan: TilePlan | None) -> TilePlan:
 
 
 def heads_first(values_TNH: Tensor) -> Tensor:
-    """`[T, N, H]` as `[N, T, H]` in the dtype of sums, fp32 for bf16 and fp16; a view if it has that already."""
+    """`[T, N, H]` as `[N, T, H]` in the dtype of sums, fp32 for bf16 and fp16; a view if it has that already.
+
+    The numbers of a row lie side by side: those of the gradient of a sum, which is one number everywhere, do not.
+    """
+    if values_TNH.stride(2) != 1:
+        values_TNH = values_TNH.contiguous()
     return values_TNH.transpose(0, 1).to(torch.promote_types(values_TNH.dtype, torch.float32))
 
 

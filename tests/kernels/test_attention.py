@@ -193,6 +193,18 @@ def test_each_bias_may_be_left_out(position: bool, time: bool) -> None:
     assert error <= RELATIVE_ERROR[torch.float64]
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_inputs_and_gradients_may_lie_anyhow(kind: str) -> None:
+    """q and k as parts of one tensor, as a projection gives them, and a gradient that is one number everywhere."""
+    x = make_inputs(LENGTHS["long"])
+    wide = torch.cat([x["q"], x["k"], x["k"]], dim=2).detach().requires_grad_()
+    apart = dict(zip("qk", wide.split(6, dim=2)[:2], strict=True))
+    found = torch.autograd.grad(METHODS[kind][0]({**x, **apart}).sum(), wide)[0]
+    out = METHODS[kind][0](x)
+    truth = torch.autograd.grad(out, [x["q"], x["k"]], torch.ones_like(out))
+    assert relative_error(list(found.split(6, dim=2)[:2]), list(truth)) <= RELATIVE_ERROR[torch.float64]
+
+
 def test_more_time_buckets_than_a_byte_holds() -> None:
     x = make_inputs([40, 3])
     x["time_bias"] = torch.randn(400, dtype=torch.float64, requires_grad=True)

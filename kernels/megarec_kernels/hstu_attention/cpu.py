@@ -211,20 +211,20 @@ class Bias:
         self.settings = settings
         self.tiles = settings.plan.tiles
         self.learns = position_bias is not None or time_bias is not None
-        self.one = torch.ones((), dtype=dtype)
+        self.one = torch.ones((), dtype=dtype, device=settings.plan.cu_seqlens.device)
         self.position = None if position_bias is None else position_bias.to(dtype)
         self.time = None if time_bias is None else time_bias.to(dtype)
         self.grad_position = None if position_bias is None else torch.zeros_like(position_bias, dtype=torch.float64)
         self.grad_time = None if time_bias is None else torch.zeros_like(time_bias, dtype=torch.float64)
         longest = max((tile.queries.length for tile in self.tiles), default=1)
         self.last_block = (longest - 1) // ROWS_PER_BLOCK * ROWS_PER_BLOCK
-        self.table = self._make_table(min(longest, ROWS_PER_BLOCK), dtype)
+        self.table = self._make_table(min(longest, ROWS_PER_BLOCK))
         self.grad_table = torch.zeros_like(self.table)
 
-    def _make_table(self, rows: int, dtype: torch.dtype) -> Tensor:
+    def _make_table(self, rows: int) -> Tensor:
         """`[rows, keys]` of the last block of the longest history: `position[i - j]`, `HIDDEN` in the future."""
         keys = self.last_block + rows
-        past = torch.zeros(0, dtype=dtype) if self.position is None else self.position[:keys]
+        past = self.one.new_zeros(0) if self.position is None else self.position[:keys]
         past = F.pad(past, (0, keys - len(past)))
         newest_first = torch.cat([past.flip(0), past.new_full((rows - 1,), HIDDEN)])
         return newest_first.unfold(0, keys, 1).flip(0).contiguous()
