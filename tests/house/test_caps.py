@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (ROOT / "megarec", ROOT / "kernels" / "megarec_kernels", ROOT / "tools" / "megarec_tools")
-MAX_PACKAGE_LINES = 24_000
+MAX_PACKAGE_LINES = 27_000
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 
 
