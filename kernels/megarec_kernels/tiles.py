@@ -10,7 +10,7 @@ tail. Causal attention then needs no length mask: a padding key comes after ever
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -56,6 +56,7 @@ class Tile:
         token: `[num_users * length]` int64, the token in every row.
         real: the rows that are no padding, int64.
         padding: the other rows, int64.
+        sees_later: whether a query may see keys behind it.
     """
 
     num_users: int
@@ -64,6 +65,7 @@ class Tile:
     token: Tensor
     real: Tensor
     padding: Tensor
+    sees_later: bool = False
 
     @property
     def queries(self) -> "Tile":
@@ -86,18 +88,18 @@ class Tile:
         return self.query_token
 
     def row_blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Ranges `[first, last)` of query rows and how many keys they need: the rows `[0, last)`."""
+        """Ranges `[first, last)` of query rows and how many keys they need: the rows `[0, last)`, or all."""
         for first in range(0, self.length, ROWS_PER_BLOCK):
             last = min(first + ROWS_PER_BLOCK, self.length)
-            yield first, last, last
+            yield first, last, self.length if self.sees_later else last
 
     def seen(self, visibility: "Visibility | None", block: tuple[int, int, int]) -> Tensor | None:
         """What the queries of a block see, `[num_users, rows, keys]` bool; None: all that is not later."""
-        return None if visibility is None else visibility.seen(self, *block[:2])
+        return None if visibility is None else visibility.seen(self, block)
 
     def distance(self, visibility: "Visibility | None", block: tuple[int, int, int]) -> Tensor | None:
         """Distances from the queries of a block to its keys, `[num_users, rows, keys]`; None: those of their rows."""
-        return None if visibility is None else visibility.distance(self, *block[:2])
+        return None if visibility is None else visibility.distance(self, block)
 
     def take(self, values_NTH: Tensor, memory: "Memory | None" = None) -> Tensor:
         """The rows of all heads, `[N, T, H]` to `[N, num_users, length, H]`; a view if the tile is one history."""
@@ -154,6 +156,7 @@ class TilePlan:
 
     Args:
         cu_seqlens: as for `plan_tiles`.
+        sees_later: whether a token may see later ones of its history, as a visibility says.
 
     Attributes:
         cu_seqlens: a copy.
@@ -162,12 +165,13 @@ class TilePlan:
         max_length: of a history.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
+    def __init__(self, cu_seqlens: Tensor, *, sees_later: bool = False) -> None:
         check_cu_seqlens(cu_seqlens)
         self.cu_seqlens = cu_seqlens.clone()
         self.bounds: list[int] = cu_seqlens.tolist()
         self.num_tokens = self.bounds[-1]
         self.max_length = max((last - first for first, last in pairwise(self.bounds)), default=0)
+        self.sees_later = sees_later
         self._source, self._version = cu_seqlens, cu_seqlens._version
         self._made: dict[Hashable, Any] = {}
 
@@ -176,10 +180,11 @@ class TilePlan:
         """The tiles of the pack, longest histories first."""
         lengths = [last - first for first, last in pairwise(self.bounds)]
         sizes = {user: (length, length) for user, length in enumerate(lengths) if length}
-        return tuple(
+        tiles = (
             make_tile([(self.bounds[user], lengths[user]) for user in users], self.cu_seqlens.device)
             for users in group_users(sizes)
         )
+        return tuple(replace(tile, sees_later=self.sees_later) for tile in tiles)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, called for the first of the layers that ask with this key."""

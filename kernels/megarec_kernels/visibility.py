@@ -24,17 +24,19 @@ class Visibility:
     group_first: Tensor
     place: Tensor
 
-    def seen(self, tile: Tile, first: int, last: int) -> Tensor:
-        """Whether the queries `first` to `last - 1` of a tile see the keys before `last`: `[num_users, rows, keys]`."""
-        token = tile.token.view(tile.num_users, tile.length)[:, first:last]
-        key = torch.arange(last, device=token.device)
-        in_group = (key >= self.group_first[token].unsqueeze(2)) & (key <= key[first:].unsqueeze(1))
+    def seen(self, tile: Tile, block: tuple[int, int, int]) -> Tensor:
+        """Whether the queries of a block (first query, last, keys) see its keys: `[num_users, rows, keys]`."""
+        first, last, num_keys = block
+        token = tile.query_token[:, first:last]
+        key = torch.arange(num_keys, device=token.device)
+        in_group = (key >= self.group_first[token].unsqueeze(2)) & (key <= key[first:last].unsqueeze(1))
         return in_group | (key < self.seen_before[token].unsqueeze(2))
 
-    def distance(self, tile: Tile, first: int, last: int) -> Tensor:
-        """Distances from the queries `first` to `last - 1` to the keys before `last`, `[num_users, rows, keys]`."""
-        place = self.place[tile.token].view(tile.num_users, tile.length)[:, :last]
-        return (place[:, first:, None] - place[:, None]).clamp_(min=0)
+    def distance(self, tile: Tile, block: tuple[int, int, int]) -> Tensor:
+        """Distances from the queries of a block to its keys, 0 to later ones, `[num_users, rows, keys]`."""
+        first, last, num_keys = block
+        place = self.place[tile.query_token]
+        return (place[:, first:last, None] - place[:, None, :num_keys]).clamp_(min=0)
 
 
 def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, num_tokens: int) -> Visibility:

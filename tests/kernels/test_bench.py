@@ -319,7 +319,7 @@ def test_two_peers_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["flash_attention"], "there is no op 'flash_attention'; there are hash_index"),
+        (["flash_attention"], "there is no op 'flash_attention'; there are "),
         (["--shapes", "h100"], "there is no set 'h100'; there are cpu, h200, small"),
         (["--only", "d999"], "no case of"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),

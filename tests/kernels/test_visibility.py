@@ -12,7 +12,7 @@ from megarec_kernels.hstu_attention.reference import hstu_attention_reference
 from megarec_kernels.softmax_attention import softmax_attention
 from megarec_kernels.softmax_attention.reference import softmax_attention_reference
 from megarec_kernels.softmax_attention.sdpa import attend_tiles
-from megarec_kernels.visibility import Visibility, candidate_suffix
+from megarec_kernels.visibility import Visibility, candidate_suffix, contextual_prefix, semi_local
 from test_attention import (
     DIVISOR,
     RELATIVE_ERROR,
@@ -123,6 +123,35 @@ def test_any_visibility_equals_the_reference(kind: str, name: str) -> None:
     visibility = random_visibility(x)
     found, truth = run(METHODS[kind][0], x, visibility), run(METHODS[kind][1], x, visibility)
     assert relative_error(found, truth) <= RELATIVE_ERROR[torch.float64]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_windows_and_prefixes_that_see_all_equal_the_reference(kind: str, name: str) -> None:
+    x, _ = make_case(CASES[name], 1)
+    for visibility in (
+        semi_local(x["cu_seqlens"], num_first=3, num_last=40, num_tokens=len(x["q"])),
+        contextual_prefix(x["cu_seqlens"], num_prefix=5, num_tokens=len(x["q"])),
+    ):
+        found, truth = run(METHODS[kind][0], x, visibility), run(METHODS[kind][1], x, visibility)
+        assert relative_error(found, truth) <= RELATIVE_ERROR[torch.float64]
+
+
+def test_windows_and_prefixes_are_what_they_say() -> None:
+    cu_seqlens = torch.tensor([0, 5, 5, 7])
+    window = semi_local(cu_seqlens, num_first=1, num_last=2, num_tokens=9)
+    prefix = contextual_prefix(cu_seqlens, num_prefix=2, num_tokens=9)
+    seen = [
+        [[j for j in range(5) if j < a or g <= j <= i] for i, (a, g) in enumerate(zip(*bounds, strict=True))]
+        for bounds in ((x.seen_before[:5].tolist(), x.group_first[:5].tolist()) for x in (window, prefix))
+    ]
+    assert seen[0] == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
+    assert seen[1] == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    for mistake in ({"num_first": -1, "num_last": 2}, {"num_first": 0, "num_last": 0}):
+        with pytest.raises(ValueError, match="num_first"):
+            semi_local(cu_seqlens, num_tokens=9, **mistake)
+    with pytest.raises(ValueError, match="num_prefix"):
+        contextual_prefix(cu_seqlens, num_prefix=-1, num_tokens=9)
 
 
 @pytest.mark.parametrize("kind", METHODS)

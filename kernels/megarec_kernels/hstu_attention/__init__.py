@@ -1,5 +1,7 @@
 """Pointwise SiLU attention of HSTU over histories laid end to end."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,7 @@ def hstu_attention(
             raise ValueError(f"{name} must be a vector of floats, got {bias.dtype} {list(bias.shape)}")
     num_places, sees_later = plan.max_length, False
     if visibility is not None:
-        seen = visibility
-        num_places, sees_later = plan.once(("places", seen), lambda: check_visibility(seen, plan))
+        num_places, sees_later = plan.once(("places", visibility), partial(check_visibility, visibility, plan))
     if position_bias is not None and len(position_bias) < num_places:
         raise ValueError(f"position_bias has {len(position_bias)} distances, the longest history {num_places} places")
     if time_bias is not None:
@@ -90,9 +91,15 @@ def hstu_attention(
             (q, k, v), (position_bias, time_bias), work, scale=scale, divisor=divisor, deterministic=deterministic
         )
     if sees_later:
-        raise ValueError("visibility lets a token see a later one, which only the Triton kernels compute")
+        plan, time_buckets = plan.once(("sees later", time_buckets), partial(_see_later, plan, time_buckets))
     settings = HSTUSettings(scale=scale, divisor=divisor, plan=plan, time_buckets=time_buckets, visibility=visibility)
     return JaggedHSTUAttention.apply(q, k, v, position_bias, time_bias, settings)
+
+
+def _see_later(plan: TilePlan, time_buckets: TimeBuckets | None) -> tuple[TilePlan, TimeBuckets | None]:
+    """The same for all pairs of a history."""
+    whole = TilePlan(plan.cu_seqlens, sees_later=True)
+    return whole, None if time_buckets is None else time_buckets.with_plan(whole)
 
 
 def _buckets_for(

@@ -32,6 +32,10 @@ class TimeBuckets:
         """Whether it was made of this plan, for so many buckets."""
         return self._plan is plan and self.num_buckets == num_buckets
 
+    def with_plan(self, plan: AttentionPlan) -> "TimeBuckets":
+        """The same times, for another plan of the pack."""
+        return TimeBuckets(plan, self._timestamp, self._query_timestamp, num_buckets=self.num_buckets)
+
     @cached_property
     def blocks(self) -> tuple[tuple[Tensor, ...], ...]:
         """The bucket of every causal pair, per tile and block of rows: `[num_users, rows, keys]`."""

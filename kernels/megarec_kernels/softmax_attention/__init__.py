@@ -1,6 +1,7 @@
 """Causal softmax attention over histories laid end to end."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -51,8 +52,7 @@ def softmax_attention(
     if v.shape != q.shape:
         raise ValueError(f"v must have the shape of q, {list(q.shape)}, got {list(v.shape)}")
     if visibility is not None:
-        seen = visibility
-        plan.once(("places", seen), lambda: check_visibility(seen, plan))
+        plan.once(("places", visibility), partial(check_visibility, visibility, plan))
     if visibility is None and weigh is None and plan.num_tokens and varlen.takes(q):
         return varlen.attend_histories(q, k, v, scale=scale, plan=plan)
     if q.device.type != "cpu" or weigh is not None:

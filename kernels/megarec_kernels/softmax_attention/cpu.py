@@ -57,6 +57,6 @@ class JaggedSoftmaxAttention(torch.autograd.Function):
 
 def _mask(visibility: Visibility, tile: Tile, rows: Tensor) -> Tensor:
     """What is added to the scores of a tile, `[N, num_users, length, length]` in the dtype of `rows`."""
-    seen = visibility.seen(tile, 0, tile.length)
+    seen = visibility.seen(tile, (0, tile.length, tile.length))
     mask = rows.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     return mask.expand(len(rows), *seen.shape)

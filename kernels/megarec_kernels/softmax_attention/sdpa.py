@@ -32,7 +32,7 @@ def attend_tiles(
             values.index_select(0, tile.token).view(tile.num_users, tile.length, heads, width).transpose(1, 2)
             for values in (q, k, v)
         )
-        seen = None if visibility is None else visibility.seen(tile, 0, tile.length).unsqueeze(1)
+        seen = None if visibility is None else visibility.seen(tile, (0, tile.length, tile.length)).unsqueeze(1)
         if weigh is None:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale)
         else:

@@ -230,6 +230,8 @@ def _count_pairs(cu_seqlens: Tensor, num_tokens: int, visibility: Visibility | N
     index = token - cu_seqlens[history]
     seen = index + 1
     if visibility is not None:
+        if bool(((visibility.seen_before > index + 1) & (token < cu_seqlens[-1])).any()):
+            raise AssertionError("attention in a ring sees no later token")
         before = torch.minimum(visibility.seen_before, index + 1)
         seen = before + (index + 1 - torch.maximum(visibility.group_first, before)).clamp(min=0)
     return torch.where(token < cu_seqlens[-1], seen, 0).cpu()
