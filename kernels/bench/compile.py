@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, and holds what it needs against recorded bounds.
 
-    python kernels/bench/compile.py [--only hstu_attention] [--record] [--arch 90]
+    python kernels/bench/compile.py [--only hstu_attention] [--quick] [--record] [--arch 90]
 
 Registers, spilled bytes per thread and shared memory of every variant are printed beside the bounds in
 `kernels/bench/resources.json`; the exit code is 1 if one exceeds its bound, has none, or a bound is of no variant.
@@ -86,6 +86,7 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="variants whose name starts so")
+    parser.add_argument("--quick", action="store_true", help="the first variant of every kernel")
     parser.add_argument("--record", action="store_true", help="write the bounds anew")
     parser.add_argument("--arch", type=int, default=90, help="compute capability, without the point")
     args = parser.parse_args()
@@ -96,6 +97,8 @@ def main() -> int:
     if len(set(names)) < len(names):
         parser.error(f"variants share a name: {sorted({name for name in names if names.count(name) > 1})}")
     chosen = [variant for variant in everything if variant.name.startswith(args.only)]
+    if args.quick:
+        chosen = list({variant.kernel: variant for variant in reversed(chosen)}.values())
     found = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for variant, needs in zip(

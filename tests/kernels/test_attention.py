@@ -340,6 +340,19 @@ def test_a_wrong_argument_is_named(name: str, value: Tensor | None) -> None:
         hstu(x, **{name: value})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_factors_of_probabilities_may_be_of_another_dtype(dtype: torch.dtype) -> None:
+    x = make_inputs([5, 3], dtype=dtype)
+
+    def weigh(query: Tensor, num_keys: int) -> Tensor:
+        return torch.full((len(query), 2, num_keys), 2.0)  # as a mask over 1 - p is
+
+    out = softmax_attention(x["q"], x["k"], x["k"], x["cu_seqlens"], scale=SCALE, weigh=weigh)
+    plain = attend_tiles(x["q"], x["k"], x["k"], scale=SCALE, plan=tiles.plan_tiles(x["cu_seqlens"]))
+    assert out.dtype == dtype
+    assert relative_error([out], [2 * plain]) <= 4 * torch.finfo(dtype).eps * 8**0.5
+
+
 def test_softmax_refuses_values_of_another_width() -> None:
     x = make_inputs([4])
     with pytest.raises(ValueError, match="v must have the shape of q"):

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megarec_kernels.silu import UvqkLayout
 from megarec_kernels.tiles import Tile
 from torch import Tensor, nn
 
 from megarec.embedding.tables import OwnedGradients, TableGroup
+from megarec.layers import hstu_block
 from megarec.layers.dropout import Dropout
-from megarec.layers.hstu_block import HstuBlock
 from megarec.parallel.context.ring import Ring, RingPlan, _Home
 from megarec.parallel.placement import Placement, place, placements
 from megarec.train import objective as objective_module
@@ -90,12 +92,14 @@ def scale_table_gradients() -> None:
 
 
 def split_by_kind_first() -> None:
-    def split(self: HstuBlock, uvqk: Tensor) -> tuple[Tensor, ...]:
-        widths = [self.config.v_head_width] * 2 + [self.config.qk_head_width] * 2
-        pieces = uvqk.split([width * self.local_heads for width in widths], dim=1)
-        return tuple(piece.view(len(uvqk), self.local_heads, -1) for piece in pieces)
+    split = hstu_block.split_silu
 
-    HstuBlock._split = split  # type: ignore[method-assign]
+    def split_other(uvqk: Tensor, layout: UvqkLayout, **settings: Any) -> tuple[Tensor, ...]:
+        kinds = uvqk.split([width * layout.num_heads for width in layout.widths], dim=1)
+        by_head = torch.cat([kind.unflatten(1, (layout.num_heads, -1)) for kind in kinds], dim=2)
+        return split(by_head.flatten(1), layout, **settings)
+
+    hstu_block.split_silu = split_other  # type: ignore[assignment]
 
 
 def padding_pushes_back() -> None:

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from megarec_kernels.devices import has_kernel
 from megarec_kernels.hstu_attention.cpu import HSTUSettings, JaggedHSTUAttention
 from megarec_kernels.hstu_attention.times import TimeBuckets, bucket_times
 from megarec_kernels.tiles import TilePlan, check_jagged_attention, plan_for
@@ -46,7 +46,7 @@ def hstu_attention(
     fixed number, so that the numbers do not depend on how histories are packed.
 
     Args:
-        q: `[T, N, Hqk]` float64, float32 or bfloat16.
+        q: `[T, N, Hqk]` float64, float32, float16 or bfloat16.
         k: as `q`.
         v: `[T, N, Hv]`.
         cu_seqlens: `[B + 1]` int32 or int64, where each history begins; starts with 0, ends at or before T.
@@ -83,7 +83,7 @@ def hstu_attention(
         time_buckets = _buckets_for(time_bias, timestamp, query_timestamp, plan=plan, time_buckets=time_buckets)
     else:
         time_buckets = None
-    if q.device.type == "cuda" and q.dtype != torch.float64 and max(q.shape[2], v.shape[2]) <= MAX_WIDTH:
+    if has_kernel(q, k, v) and max(q.shape[2], v.shape[2]) <= MAX_WIDTH:
         from megarec_kernels.hstu_attention.gpu import attend
 
         work = plan, time_buckets, visibility

@@ -20,7 +20,7 @@ NEITHER, BOTH = (False, False), (True, True)
 
 def variants() -> Iterator[Variant]:
     """Every kernel at every width in bf16, and the other dtypes, lengths and masks at one."""
-    for width in (32, 64, 128, 256):
+    for width in (128, 256, 64, 32):
         for biases in (NEITHER, BOTH):
             yield _variant("forward", width, biases=biases)
             yield _variant("queries", width, biases=biases)

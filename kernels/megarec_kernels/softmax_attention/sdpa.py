@@ -37,7 +37,7 @@ def attend_tiles(
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale)
         else:
             factor = weigh(tile.token, tile.length).view(tile.num_users, tile.length, heads, tile.length)
-            out = (_probabilities(query * scale, key, seen) * factor.transpose(1, 2)) @ value
+            out = (_probabilities(query * scale, key, seen) * factor.transpose(1, 2)).to(value.dtype) @ value
         pieces.append(out.transpose(1, 2).reshape(-1, heads, width).index_select(0, tile.real))
         tokens.append(tile.token[tile.real])
     return torch.zeros_like(v).index_copy(0, torch.cat(tokens), torch.cat(pieces))
