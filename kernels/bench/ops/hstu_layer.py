@@ -1,10 +1,13 @@
 """One HSTU layer as models have it, beside one layer of an SDPA transformer."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from megarec_kernels import dropout, gated_norm, layer_norm, silu
 from megarec_kernels.hstu_attention import hstu_attention
 from megarec_kernels.tiles import TilePlan, plan_tiles
 from torch import Tensor, nn
@@ -61,13 +64,17 @@ def _hstu_layer(
 
     ours = layer(hstu_attention, _plan)
     eager = layer(_from_inputs(hstu.attend_padded), prepare_padding)
+    truth = layer(_from_inputs(hstu.attend_by_history), prepare_padding)
     return Case(
         name=name,
         sets=frozenset(sets),
         make_inputs=_make_inputs(ours, lengths, width),
-        truth=layer(_from_inputs(hstu.attend_by_history), prepare_padding),
+        truth=_without_kernels(truth),
         ours={"ours": ours},
-        baselines={"eager padded": eager, "torch.compile padded": compiled(eager, prepare_padding)},
+        baselines={
+            "eager padded": _without_kernels(eager),
+            "torch.compile padded": _without_kernels(compiled(eager, prepare_padding)),
+        },
         gradients=("x", *ours.shapes),
         work=_work(ours, width),
         beside={} if beside is None else {"SDPA transformer layer": _transformer_layer(beside, width=width)},
@@ -92,8 +99,8 @@ def _transformer_layer(lengths: list[int], *, width: int) -> Case:
         name="SDPA transformer layer",
         sets=frozenset(),
         make_inputs=_make_inputs(theirs, lengths, width),
-        truth=layer(_from_inputs(softmax.attend_by_history), prepare_padding),
-        ours={"SDPA transformer layer": theirs},
+        truth=_without_kernels(layer(_from_inputs(softmax.attend_by_history), prepare_padding)),
+        ours={"SDPA transformer layer": _without_kernels(theirs)},
         gradients=("x", *theirs.shapes),
         work=_work(theirs, width),
     )
@@ -120,6 +127,18 @@ class _Layer:
             randomness=None, inner_randomness=None, outer_randomness=None, plan=self.plan(inputs),
         )  # fmt: skip
         return functional_call(self.block, {name: inputs[name] for name in self.shapes}, (inputs["x"], tokens))
+
+
+def _without_kernels(method: Method) -> Method:
+    """The method with the plain torch of the ops of a block, whatever the device."""
+
+    def plain(inputs: Inputs) -> Any:
+        with ExitStack() as stack:
+            for op in (dropout, gated_norm, layer_norm, silu):
+                stack.enter_context(mock.patch.object(op, "has_kernel", lambda *_: False))
+            return method(inputs)
+
+    return plain
 
 
 def _plan(inputs: Inputs) -> TilePlan:
