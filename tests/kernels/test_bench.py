@@ -198,6 +198,19 @@ def test_a_method_that_fails_only_later_has_no_figure() -> None:
     assert_without_figures(row)
 
 
+def test_a_method_that_fails_in_the_rounds_does_not_end_the_run() -> None:
+    calls = iter(range(1000))
+
+    def fails_at_last(inputs: Inputs) -> Tensor:
+        if next(calls) > 6:
+            raise RuntimeError("illegal address")
+        return product().truth(inputs)
+
+    for row in measure(product(ours={"ours": fails_at_last})).values():
+        assert (row.status, row.why) == ("failed", "in the rounds of all methods: RuntimeError: illegal address")
+        assert_without_figures(row)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_plain_version_passes_in_every_dtype(dtype: torch.dtype) -> None:
     rows = measure(product(), dtype=dtype)
@@ -293,6 +306,7 @@ def test_a_good_peer_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("x = 1", "needs register() or PEERS"),
         ("PEERS = {'softmax_attention': [len]}", "needs register() or PEERS"),
         ("PEERS = {'hstu_atention': {'a': len}}", "there is no op 'hstu_atention'; there are"),
+        ("PEERS = {'softmax_attention': {'ours': len}}", "'ours' is the name of a method of the benchmark"),
         ("PEERS = {'softmax_attention': {'a': 3}}", "'a' is no function, but int"),
     ],
 )

@@ -130,12 +130,19 @@ class Bench:
                     calls[row.method, "both"] = both
             if row.status != "green":
                 free_memory()  # of what lacked memory
-        times = time_in_turns(calls, device=self.device, seconds=self.seconds)
+        green = [entry for entry in entries if entry.row.status == "green"]
+        if not green:
+            return
+        first = green[0].row
+        with failures_in(first):
+            times = time_in_turns(calls, device=self.device, seconds=self.seconds)
+        if first.status != "green":  # nobody knows whose call it was
+            for entry in reversed(green):
+                entry.row.fail("failed", f"in the rounds of all methods: {first.why}")
+            return
         limits = self.limits[dtype]
-        for entry in entries:
+        for entry in green:
             row = entry.row
-            if row.status != "green":
-                continue
             forward_work, backward_work = entry.case.work(inputs[id(entry.case)])
             row.forward = figures_of(times[row.method, "forward"], forward_work, limits)
             if entry.case.gradients:

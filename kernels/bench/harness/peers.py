@@ -1,17 +1,17 @@
 """Kernels of others, from Python files outside the repository."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kernels.bench.cases import Method
+from kernels.bench.cases import Case, Method
 
 
 class Mistake(Exception):
     """What the user asked for cannot be; one line."""
 
 
-def load_peers(paths: Iterable[str], ops: Mapping[str, object]) -> dict[str, dict[str, Method]]:
+def load_peers(paths: Iterable[str], ops: Mapping[str, Sequence[Case]]) -> dict[str, dict[str, Method]]:
     """The methods of all files, by op and name.
 
     Raises:
@@ -27,7 +27,7 @@ def load_peers(paths: Iterable[str], ops: Mapping[str, object]) -> dict[str, dic
     return methods
 
 
-def load_peer(path: Path, ops: Mapping[str, object]) -> dict[str, dict[str, Method]]:
+def load_peer(path: Path, ops: Mapping[str, Sequence[Case]]) -> dict[str, dict[str, Method]]:
     """The methods by op and name that a file gives: `register()` returns them, or `PEERS` is them.
 
         def register():
@@ -56,7 +56,10 @@ def load_peer(path: Path, ops: Mapping[str, object]) -> dict[str, dict[str, Meth
     for op, named in methods.items():
         if op not in ops:
             raise Mistake(f"--peer {path}: there is no op {op!r}; there are {', '.join(ops)}")
+        taken = {name for case in ops[op] for name in (*case.ours, *case.baselines, *case.beside)}
         for name, method in named.items():
+            if name in taken:
+                raise Mistake(f"--peer {path}: {op} {name!r} is the name of a method of the benchmark; take another")
             if not callable(method):
                 raise Mistake(f"--peer {path}: {op} {name!r} is no function, but {type(method).__name__}")
     return {op: dict(named) for op, named in methods.items()}
