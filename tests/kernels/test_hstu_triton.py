@@ -179,6 +179,35 @@ def test_rows_of_a_wider_tensor_are_read_where_they_are() -> None:
     assert torch.equal(found, torch.cat(expected, dim=2))
 
 
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_come_by_descriptors_where_they_can(width: int, dtype: torch.dtype) -> None:
+    x = make_inputs([40, 17], dtype=dtype)
+    generator = torch.Generator().manual_seed(width)
+    packed = torch.randn(len(x["q"]), 2, 3 * width, generator=generator).to(dtype)
+    x |= {name: part.requires_grad_() for name, part in zip("vqk", packed.split(width, dim=2), strict=True)}
+    assert gpu.use_tma(x["q"], x["k"], x["v"])
+    truth = outputs_and_gradients(reference, in_fp64(x))
+    found, eager = outputs_and_gradients(attend, x), outputs_and_gradients(reference, x)
+    assert relative_error(found, truth) <= max(TOLERANCE, 3 * relative_error(eager, truth))
+
+
+def test_gradients_that_come_expanded_or_unaligned() -> None:
+    x = make_inputs([20, 7], dtype=torch.float32)
+    x |= {name: torch.randn(len(x["q"]), 2, 16, generator=torch.Generator().manual_seed(1)) for name in "qkv"}
+    x |= {name: x[name].requires_grad_() for name in "qkv"}
+    whole = torch.randn(len(x["q"]), 2, 19, generator=torch.Generator().manual_seed(2))
+    for grad_out in (
+        torch.ones(16).expand(len(x["q"]), 2, 16),
+        torch.ones(()).expand(len(x["q"]), 2, 16),
+        whole[:, :, 1:17],
+    ):
+        names = [x[name] for name in ("q", "k", "v", "position_bias", "time_bias")]
+        found = torch.autograd.grad(attend(x), names, grad_out)
+        expected = torch.autograd.grad(attend(x), names, grad_out.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_same_inputs_give_the_same_bits() -> None:
     first, second = (outputs_and_gradients(attend, make_inputs([40, 9], dtype=torch.float32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

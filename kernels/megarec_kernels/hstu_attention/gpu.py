@@ -122,7 +122,8 @@ class _Launch:
         """Gradients of q, k, v and of the biases that are `wanted`."""
         q, k, v = self.inputs
         work, num_heads = self.settings.work, q.shape[1]
-        grad_out = grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
+        if grad_out.stride(2) != 1 or (self.tma and not use_tma(grad_out)):  # an expanded one, say
+            grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         deterministic = self.settings.deterministic
         if deterministic:
@@ -132,7 +133,7 @@ class _Launch:
             self._run(
                 queries_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
                 grad_q, tasks, *self.facts,
-                 *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
+                *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
             )  # fmt: skip
         else:
             grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -224,6 +225,7 @@ def use_tma(*tensors: Tensor) -> bool:
     return all(
         x.data_ptr() % 16 == 0
         and x.stride(0) * x.element_size() % 16 == 0
+        and x.stride(0) >= x.shape[2]
         and x.shape[2] >= 16
         and x.shape[2] & (x.shape[2] - 1) == 0
         and len(x) > 0
