@@ -23,6 +23,7 @@ from test_attention import (
 )
 from test_visibility import random_visibility
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from megarec_kernels.hstu_attention import gpu
@@ -211,6 +212,47 @@ def test_gradients_that_come_expanded_or_unaligned() -> None:
 def test_same_inputs_give_the_same_bits() -> None:
     first, second = (outputs_and_gradients(attend, make_inputs([40, 9], dtype=torch.float32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class NaNBehindVectors(TorchDispatchMode):
+    """Each vector of fp32 that an operation makes lies in front of NaN."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mul.Tensor and made.dim() == 1 and made.dtype == torch.float32:
+            return torch.cat([made, made.new_full((256,), math.nan)])[: len(made)]
+        return made
+
+
+def test_what_lies_behind_a_position_bias_does_not_leak() -> None:
+    x = make_inputs([37, 20], dtype=torch.float32)
+    x["position_bias"] = x["position_bias"].detach()[:37].requires_grad_()
+    expected = outputs_and_gradients(reference, x)
+    with NaNBehindVectors():
+        found = outputs_and_gradients(attend, x)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["an odd address", "one row for all tokens", "heads first", "one number"])
+def test_gradients_may_lie_anyhow(form: str) -> None:
+    x = make_inputs([40, 3], dtype=torch.float32)
+    for name in "qkv":  # heads that the copy engine takes
+        x[name] = torch.cat([x[name]] * 6, dim=2).detach()[:, :, :16].clone().requires_grad_()
+    out = attend(x)
+    gradient = torch.sin(torch.arange(out.numel() + 1.0))
+    lying: Tensor = {
+        "an odd address": gradient[1:].view_as(out),
+        "one row for all tokens": gradient[: 2 * 16].view(1, 2, 16).expand_as(out),
+        "heads first": gradient[1:].view(2, len(out), 16).transpose(0, 1),
+        "one number": gradient[1].expand_as(out),
+    }[form]
+    names = ["q", "k", "v", "position_bias", "time_bias"]
+    found, expected = (
+        torch.autograd.grad(attend(x), [x[name] for name in names], value) for value in (lying, lying.clone())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kernel = Literal["forward", "queries", "keys", "biases"]
+MAX_ROWS = 128  # of a block of queries
 SHORT = 64  # tokens of the longest history up to which a pack is short: one block holds any of its histories
 
 
@@ -43,4 +44,6 @@ def choose_blocks(kernel: Kernel, width: int, *, biases: bool, wide: bool, short
     keys = 64 if width <= 128 else 32
     if short:
         return Blocks(rows=64, keys=keys, num_warps=4, num_stages=2)
-    return Blocks(rows=128, keys=keys, num_warps=8, num_stages=2 if biases or width > 128 or kernel == "queries" else 3)
+    return Blocks(
+        rows=MAX_ROWS, keys=keys, num_warps=8, num_stages=2 if biases or width > 128 or kernel == "queries" else 3
+    )

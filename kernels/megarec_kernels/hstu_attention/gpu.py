@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megarec_kernels.hstu_attention.backward import biases_kernel, keys_kernel, queries_kernel
-from megarec_kernels.hstu_attention.blocks import SHORT, Blocks, Kernel, choose_blocks
+from megarec_kernels.hstu_attention.blocks import MAX_ROWS, SHORT, Blocks, Kernel, choose_blocks
 from megarec_kernels.hstu_attention.forward import forward_kernel
 from megarec_kernels.hstu_attention.times import TimeBuckets
 from megarec_kernels.hstu_attention.work import Work
@@ -99,7 +100,11 @@ class _Launch:
         self.factors = 0.5 * settings.scale, 1.0 / settings.divisor  # kernels work on halved scores
         self.tma = use_tma(*self.inputs)
         self.precision = "tf32x3" if q.dtype == torch.float32 else "ieee"
-        float_vectors = [q.new_zeros(1, dtype=torch.float32) if x is None else 0.5 * x.float() for x in self.biases]
+        # Queries of a block that are behind their history read distances behind the bias: those must be numbers.
+        float_vectors = [
+            q.new_zeros(1, dtype=torch.float32) if x is None else 0.5 * F.pad(x.float(), (0, MAX_ROWS))
+            for x in self.biases
+        ]
         # Triton wants a tensor for every pointer; one that is not read may be any.
         self.facts = [
             *float_vectors,
@@ -122,7 +127,7 @@ class _Launch:
         """Gradients of q, k, v and of the biases that are `wanted`."""
         q, k, v = self.inputs
         work, num_heads = self.settings.work, q.shape[1]
-        if grad_out.stride(2) != 1 or (self.tma and not use_tma(grad_out)):  # an expanded one, say
+        if grad_out.stride(2) != 1 or (self.tma and not use_tma(grad_out)):
             grad_out = grad_out.clone(memory_format=torch.contiguous_format)
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         deterministic = self.settings.deterministic
@@ -133,7 +138,7 @@ class _Launch:
             self._run(
                 queries_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
                 grad_q, tasks, *self.facts,
-                *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
+                 *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
             )  # fmt: skip
         else:
             grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -218,14 +223,15 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def use_tma(*tensors: Tensor) -> bool:
-    """Whether the copy engine can bring blocks of these tensors: it wants addresses that are multiples of 16 bytes.
+    """Whether the copy engine can bring blocks of these tensors.
 
-    Heads whose width is no power of two are read with the neighbour's channels, and so with a mask.
+    It wants addresses that are multiples of 16 bytes, and rows of all heads that do not overlap. Heads whose width is
+    no power of two are read with the neighbour's channels, and so with a mask.
     """
     return all(
         x.data_ptr() % 16 == 0
         and x.stride(0) * x.element_size() % 16 == 0
-        and x.stride(0) >= x.shape[2]
+        and x.stride(0) >= (x.shape[1] - 1) * x.stride(1) + x.shape[2]
         and x.shape[2] >= 16
         and x.shape[2] & (x.shape[2] - 1) == 0
         and len(x) > 0
