@@ -24,12 +24,13 @@ from test_attention import (
 from test_visibility import random_visibility
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 from megarec_kernels.hstu_attention import gpu
 from megarec_kernels.hstu_attention.blocks import Blocks
 from megarec_kernels.hstu_attention.times import time_cells
-from megarec_kernels.hstu_attention.work import order_tasks, reach_of_keys
+from megarec_kernels.hstu_attention.work import Work, order_tasks, reach_of_keys
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -354,6 +355,42 @@ def test_a_query_block_is_visited_once_and_wherever_it_sees_a_key() -> None:
                 keys = range(16 * block, min(16 * block + 16, length))
                 if any(j < seen_before or group_first <= j <= row for j in keys):
                     assert a <= row < b or c <= row < d
+
+
+def test_what_keys_are_seen_by_is_found_without_a_look_at_every_pair() -> None:
+    """Time and memory of a pack of long histories: a token with every block of keys would be 4e7 numbers."""
+    cu_seqlens = torch.tensor([0, 12_000, 24_000])
+    visibility = semi_local(cu_seqlens, num_first=3, num_last=100, num_tokens=24_000)
+    tasks = order_tasks(cu_seqlens.tolist(), num_heads=4, block=64, last_first=False)
+    largest = LargestTensor()
+    with largest:
+        reach = reach_of_keys(tasks, visibility, block=64, rows=64)
+    assert largest.numel < 1e5 + 24_000
+    assert reach[tasks[:, 2] == 5].unique(dim=0).tolist() == [[0, 0, 320, 512]]
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)), 0)
+        return made
+
+
+def test_a_backward_asks_the_device_nothing_that_another_layer_has_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs([20, 7], dtype=torch.float32)
+    visibility, plan = VISIBILITIES["window"](x), plan_tiles(x["cu_seqlens"])
+    work = Work(plan, times=None, visibility=visibility)
+    work.plain_tokens(2, 16)
+    work.reach_of_keys(2, 16, 16)
+    monkeypatch.setattr(Tensor, "cpu", lambda _: pytest.fail("waits for the device"))
+    work.plain_tokens(2, 16)
+    work.reach_of_keys(2, 16, 16)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """What the Triton kernels are launched with, made once per pack: programs in a good order, and times as cells."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -58,11 +57,14 @@ class Work:
         """For each program over a block of queries, how many first tokens of its history are plain."""
         if self.visibility is None:
             return self.unread
-        counts = plain_tokens(self.bounds, self.visibility)
-        return self._once(
-            ("plain", num_heads, block),
-            lambda: counts[self._history(self.tasks("queries", num_heads, block).cpu())],
-        )
+        visibility = self.visibility
+
+        def count() -> Tensor:
+            tasks = self.tasks("queries", num_heads, block).cpu()
+            history = torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
+            return plain_tokens(self.bounds, visibility)[history]
+
+        return self._once(("plain", num_heads, block), count)
 
     def reach_of_keys(self, num_heads: int, block: int, rows: int) -> Tensor:
         """For each program over a block of keys, which queries see it, see `reach_of_keys`."""
@@ -73,9 +75,6 @@ class Work:
             ("reach", num_heads, block, rows),
             lambda: reach_of_keys(self.tasks("keys", num_heads, block).cpu(), visibility, block=block, rows=rows),
         )
-
-    def _history(self, tasks: Tensor) -> Tensor:
-        return torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
 
     def _once(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
@@ -94,8 +93,7 @@ def order_tasks(cu_seqlens: list[int], *, num_heads: int, block: int, last_first
     lengths = starts.diff()
     order = lengths.argsort(descending=True, stable=True)
     blocks = (lengths[order] + block - 1) // block
-    user = torch.repeat_interleave(blocks * num_heads)
-    within = torch.arange(len(user)) - ((blocks * num_heads).cumsum(0) - blocks * num_heads)[user]
+    user, within, _ = _cut(blocks * num_heads, 1)
     head, number = within // blocks[user], within % blocks[user]
     if last_first:
         number = blocks[user] - 1 - number
@@ -109,38 +107,45 @@ def reach_of_keys(tasks: Tensor, visibility: Visibility, *, block: int, rows: in
     queries, and there may be blocks between that see nothing: a mask does the rest.
 
     Args:
-        tasks: of blocks of keys, from `order_tasks`, of one head.
+        tasks: of blocks of keys, from `order_tasks`.
         visibility: of the pack.
         block: keys of a block.
         rows: queries of a block.
     """
-    first, length, number = tasks[:, 0], tasks[:, 1], tasks[:, 2]
-    seen_before, group_first = visibility.seen_before.cpu(), visibility.group_first.cpu()
-    num_blocks = (length + rows - 1) // rows
-    task = torch.repeat_interleave(num_blocks)
-    query = (torch.arange(len(task)) - (num_blocks.cumsum(0) - num_blocks)[task]) * rows
-    token = first[task, None] + torch.minimum(query[:, None] + torch.arange(rows), length[task, None] - 1)
-    row = token - first[task, None]
-    key = (number * block)[task, None]
-    sees = (seen_before[token] > key) | ((group_first[token] < key + block) & (row >= key))
-    bounds = []
-    for which in (sees & (row < key), sees & (row >= key)):
-        some = which.any(dim=1)
-        begin = length.clone().scatter_reduce_(0, task, torch.where(some, query, length[task]), "amin")
-        end = torch.zeros_like(length).scatter_reduce_(0, task, torch.where(some, query + rows, 0), "amax")
+    first, history = tasks[:, 0].unique(return_inverse=True)
+    length = torch.zeros_like(first).scatter_(0, history, tasks[:, 1])
+    owner, query, first_query = _cut(length, rows)
+    token = first[owner, None] + torch.minimum(query[:, None] + torch.arange(rows), length[owner, None] - 1)
+    seen_before, group_first = visibility.seen_before.cpu()[token].amax(1), visibility.group_first.cpu()[token].amin(1)
+    owner, key, first_key = _cut(length, block)
+    which, place, _ = _cut((length[owner] + rows - 1) // rows, 1)  # every block of keys with every block of queries
+    place, key = place + first_query[owner][which], key[which]
+    query = query[place]
+    early = (query < key) & (seen_before[place] > key)
+    late = (query + rows > key) & ((seen_before[place] > key) | (group_first[place] < key + block))
+    length, bounds = length[owner], []
+    for some in (early, late):
+        begin = length.scatter_reduce(0, which[some], query[some], "amin")
+        end = torch.zeros_like(length).scatter_reduce_(0, which[some], query[some] + rows, "amax")
         bounds += [torch.minimum(begin, end), torch.minimum(end, length)]
     # A block of queries that straddles the first key stands in both: the second range leaves it to the first.
     bounds[2] = torch.maximum(bounds[2], bounds[1])
     bounds[3] = torch.maximum(bounds[3], bounds[2])
-    return torch.stack(bounds, dim=1)
+    return torch.stack(bounds, dim=1)[first_key[history] + tasks[:, 2]]
+
+
+def _cut(lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts lengths into blocks: whose each is, where in it each begins, and the first block of each length."""
+    blocks = (lengths + size - 1) // size
+    owner = torch.repeat_interleave(blocks)
+    first = blocks.cumsum(0) - blocks
+    return owner, (torch.arange(len(owner)) - first[owner]) * size, first
 
 
 def plain_tokens(cu_seqlens: list[int], visibility: Visibility) -> Tensor:
     """Per history, how many first tokens have their number as place and see no later one, `[B]` on the CPU."""
-    place, seen_before = visibility.place.cpu(), visibility.seen_before.cpu()
-    counts = []
-    for first, last in pairwise(cu_seqlens):
-        row = torch.arange(last - first)
-        other = ((place[first:last] != row) | (seen_before[first:last] > row + 1)).nonzero()
-        counts.append(int(other[0]) if len(other) else last - first)
-    return torch.tensor(counts, dtype=torch.int64)
+    starts = torch.tensor(cu_seqlens)
+    history, row, _ = _cut(starts.diff(), 1)
+    place, seen_before = (x[: len(row)].cpu() for x in (visibility.place, visibility.seen_before))
+    other = (place != row) | (seen_before > row + 1)
+    return starts.diff().scatter_reduce(0, history[other], row[other], "amin")
