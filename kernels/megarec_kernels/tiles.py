@@ -172,7 +172,7 @@ class TilePlan:
         self.num_tokens = self.bounds[-1]
         self.max_length = max((last - first for first, last in pairwise(self.bounds)), default=0)
         self.sees_later = sees_later
-        self._source, self._version = cu_seqlens, cu_seqlens._version
+        self._source, self._version = cu_seqlens, _version_of(cu_seqlens)
         self._made: dict[Hashable, Any] = {}
 
     @cached_property
@@ -195,9 +195,14 @@ class TilePlan:
 
     def is_of(self, cu_seqlens: Tensor) -> bool:
         """Whether it was made of these numbers; asks the device only if it was not made of this very tensor."""
-        if cu_seqlens is self._source and cu_seqlens._version == self._version:
+        if cu_seqlens is self._source and self._version is not None and self._version == _version_of(cu_seqlens):
             return True
         return torch.equal(self.cu_seqlens, cu_seqlens)
+
+
+def _version_of(value: Tensor) -> int | None:
+    """How often it was changed in place; None: nobody counts, for it was made in inference mode."""
+    return None if value.is_inference() else value._version
 
 
 def plan_tiles(cu_seqlens: Tensor) -> TilePlan:

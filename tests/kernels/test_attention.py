@@ -280,6 +280,23 @@ def test_a_plan_and_buckets_made_once_give_the_same_bits() -> None:
     assert torch.equal(shared, hstu(x))
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_inference_mode_gives_the_same_bits(kind: str) -> None:
+    x = make_inputs(LENGTHS["awkward"])
+    with torch.inference_mode():
+        found = METHODS[kind][0]({name: value.clone() for name, value in x.items()})
+    assert torch.equal(found, METHODS[kind][0](x))
+
+
+def test_a_plan_made_in_inference_mode_knows_its_cu_seqlens() -> None:
+    with torch.inference_mode():
+        cu_seqlens = torch.tensor([0, 3, 5])
+        plan = tiles.plan_tiles(cu_seqlens)
+        assert plan.is_of(cu_seqlens)
+        cu_seqlens[1] = 2
+        assert not plan.is_of(cu_seqlens)
+
+
 def test_nothing_that_grows_with_the_square_of_a_length_is_kept_for_the_backward() -> None:
     x = make_inputs([600, 30])
     kept: list[int] = []
