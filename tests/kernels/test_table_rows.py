@@ -195,6 +195,17 @@ def test_rows_round_by_the_bits_of_the_hash(fault: str) -> None:
     assert not torch.equal(found, values)
 
 
+@pytest.mark.parametrize("twin", [False, True])
+def test_what_is_no_number_or_infinite_stays_so_when_it_is_rounded(twin: bool) -> None:
+    """The NaN of NVIDIA's arithmetic has all bits set: one more would make it a zero."""
+    values = normal(2, 19).bfloat16()
+    grad = torch.full((2, 19), 0x7FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    grad[1] = torch.inf
+    run = reference.update_rows_reference if twin else gpu.run_update_rows
+    run(values, {}, rows=torch.arange(2, device=DEVICE), grad=grad, update=settings("sgd"))
+    assert values[0].isnan().all() and values[1].eq(-torch.inf).all()
+
+
 @pytest.mark.parametrize("fault", ["lr", "scale", "step", "beta1", "beta2", "eps", "weight_decay"])
 def test_a_wrong_setting_is_seen(fault: str) -> None:
     rows = torch.arange(4, device=DEVICE)

@@ -77,10 +77,11 @@ def divide(x, y):
 
 @triton.jit
 def round_at_random(vectors, row, key, width, BLOCK: tl.constexpr):
-    """fp32 that bf16 holds exactly: 16 random bits are added to the 16 that bf16 lacks, and both cut off."""
+    """fp32 that bf16 holds exactly: 16 random bits are added to the 16 that bf16 lacks, and both cut off. NaN stays."""
     counters = row.to(tl.int64)[:, None] * width + tl.arange(0, BLOCK)[None, :]
     noise = (hash_bits(key, counters) & 0xFFFF).to(tl.int32)
-    return ((vectors.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
+    rounded = ((vectors.to(tl.int32, bitcast=True) + noise) & -0x10000).to(tl.float32, bitcast=True)
+    return tl.where(vectors == vectors, rounded, vectors)  # one more than a NaN of all bits is a zero
 
 
 @triton.jit

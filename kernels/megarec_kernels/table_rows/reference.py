@@ -82,8 +82,12 @@ def _direction(state: dict[str, Tensor], *, rows: Tensor, grad: Tensor, update: 
 
 
 def _round_at_random(values: Tensor, key: int, rows: Tensor) -> Tensor:
-    """fp32 `[G, E]` rounded to bf16: 16 random bits are added to the 16 bits that bf16 lacks, and both cut off."""
+    """fp32 `[G, E]` rounded to bf16: 16 random bits are added to the 16 bits that bf16 lacks, and both cut off.
+
+    NaN stays NaN: one more than that of all bits is a zero.
+    """
     width = values.shape[1]
     counters = rows.unsqueeze(1) * width + torch.arange(width, device=rows.device)
     noise = (hash_torch(key, counters) & 0xFFFF).to(torch.int32)
-    return ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    rounded = ((values.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)
