@@ -78,6 +78,19 @@ def test_statistics_of_all_ranks_are_taken_and_get_gradients(concat: Concat, aff
         assert_earned(partial(kernel, **settings), partial(plain, **settings), inputs)
 
 
+def test_weights_and_statistics_may_be_strided() -> None:
+    u, attention = (torch.randn(6, 2, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+    of_channels, of_tokens = (torch.rand(size, 2, device=DEVICE).add(0.5).unbind(1) for size in (16, 6))
+    results = []
+    for strided in (True, False):
+        weights = [x if strided else x.contiguous() for x in (*of_channels, *of_tokens)]
+        weights = [x.detach().requires_grad_() for x in weights]
+        inputs = [u, attention, *weights]
+        out = run_gated_norm(u, attention, tuple(weights), over="all_heads", eps=1e-6, concat="none", mask=None)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_in_fp16() -> None:
     inputs, settings = case(
         (20, 2, 12), "all_heads", "u_and_norm", affine=True, drop=True, statistics=False, dtype=torch.float16

@@ -67,6 +67,12 @@ def test_one_of_both_outputs_alone_gets_a_gradient(part: int) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_scale_and_shift_may_be_strided() -> None:
+    x, (scale, shift) = torch.randn(6, 16, device=DEVICE), torch.randn(16, 2, device=DEVICE).unbind(1)
+    want = run_layer_norm(x, scale.contiguous(), shift.contiguous(), eps=1e-6)
+    assert torch.equal(run_layer_norm(x, scale, shift, eps=1e-6), want)
+
+
 def test_a_stream_that_nothing_is_added_to_is_its_input() -> None:
     inputs = leaves(7, 20, "x", "scale", "shift")
     assert_earned(partial(added, run_add_layer_norm, None), partial(added, add_layer_norm_reference, None), inputs)

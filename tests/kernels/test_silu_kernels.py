@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from earned import assert_earned, draw
+from earned import DEVICE, assert_earned, draw
 from megarec_kernels.silu import SiluOn, UvqkLayout, linear_silu, split_silu
 from megarec_kernels.silu.reference import linear_silu_reference, split_silu_reference
 from torch import Tensor
@@ -66,6 +66,12 @@ def test_linear_silu(tokens: int, inputs: int, outputs: int, bias: bool, dtype: 
         lambda x: (linear_silu_reference(x["x"], x["weight"], x.get("bias")),),
         draw(shapes, dtype),
     )
+
+
+def test_a_bias_may_be_strided() -> None:
+    x, weight, biases = (torch.randn(*shape, device=DEVICE) for shape in ((6, 16), (20, 16), (20, 2)))
+    bias = biases[:, 0]
+    assert torch.equal(run_linear_silu(x, weight, bias), run_linear_silu(x, weight, bias.contiguous()))
 
 
 def test_tiles_in_groups_cover_the_product() -> None:

@@ -70,6 +70,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         u, attention, scale, shift, mean, rstd, (shape, eps, mask) = inputs
         u, attention = u if u.stride(2) == 1 else u.contiguous(), attention.contiguous()
+        scale, shift, mean, rstd = (None if x is None else x.contiguous() for x in (scale, shift, mean, rstd))
         num_rows = len(u) * shape.groups
         if not shape.given:
             mean, rstd = u.new_empty(2, num_rows, dtype=torch.float32)

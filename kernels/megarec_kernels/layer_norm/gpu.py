@@ -43,6 +43,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         x, y, scale, shift, (eps, mask) = inputs
         x = x.contiguous()
+        scale, shift = (None if weight is None else weight.contiguous() for weight in (scale, shift))
         total = x if y is None else torch.empty_like(x)
         normed, num_rows, width = torch.empty_like(x), x.numel() // max(1, x.shape[-1]), x.shape[-1]
         mean, rstd = x.new_empty(2, num_rows, dtype=torch.float32)

@@ -96,7 +96,7 @@ class _LinearSilu(torch.autograd.Function):
             linear_silu_tile[grid](
                 x,
                 weight,
-                bias,
+                None if bias is None else bias.contiguous(),
                 linear,
                 activated,
                 num_rows,
