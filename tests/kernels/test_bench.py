@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -184,6 +185,36 @@ def test_a_reference_that_fails_leaves_no_figure_at_all() -> None:
     for row in measure(product(truth=fails)).values():
         assert (row.status, row.why) == ("failed", "the reference: out of memory")
         assert_without_figures(row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_integer_is_right_or_wrong_whatever_the_dtype(dtype: torch.dtype) -> None:
+    def truth(_: Inputs) -> Tensor:
+        return torch.arange(100_000_000, 100_000_008)
+
+    row = measure(product(truth=truth, gradients=(), ours={"ours": lambda x: truth(x) + 1}), dtype=dtype)["ours"]
+    assert row.status == "red"
+
+
+def test_fp32_inside_a_run_in_bf16_is_held_to_the_errors_of_fp32() -> None:
+    def make_inputs(draw: Draw) -> Inputs:
+        return {"x": draw.normal(8, 8).float(), "weight": draw.normal(8, 8).float()}
+
+    truth = product().truth
+    methods = {"ours": lambda x: truth(x) * (1 + 1e-4), "right": truth}
+    rows = measure(product(make_inputs=make_inputs, ours=methods), dtype=torch.bfloat16)
+    assert (rows["ours"].status, rows["right"].status) == ("red", "green")
+
+
+def test_the_times_of_a_pack_are_bucketed_once_for_all_calls() -> None:
+    case = next(case for case in CASES["hstu_attention"] if case.name == "b3 n20 d16 biases")
+    inputs = gate.draw_inputs(case, device=CPU, dtype=torch.float32, seed=0)
+    on_cuda = inputs | {"q": mock.Mock(device=torch.device("cuda"))}
+    with mock.patch("kernels.bench.ops.hstu_attention.hstu_attention") as attend:
+        for _ in range(2):
+            case.ours["ours"](on_cuda)
+    first, second = (call.kwargs["time_buckets"] for call in attend.call_args_list)
+    assert first is second is not None
 
 
 def test_a_method_that_fails_only_later_has_no_figure() -> None:

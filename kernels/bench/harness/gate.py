@@ -72,16 +72,17 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 def make_bounds(case: Case, *, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Bound]:
     """Runs the plain method twice, in a wider dtype and in this one: its error times 2 (outputs) or 3 is allowed.
 
-    The error of the plain method counts as one rounding step of the dtype at least: it may be right by luck.
+    The error of the plain method counts as one rounding step of its result at least: it may be right by luck. Integers
+    do not round.
     """
     inputs = draw_inputs(case, device=device, dtype=dtype, seed=seed)
-    truth = run_method(case.truth, _widen(inputs, case.gradients, dtype), case.gradients)
+    truth = run_method(case.truth, _widen(inputs, case.gradients), case.gradients)
     plain = run_method(case.truth, inputs, case.gradients)
     bounds = {}
     for name, value in truth.items():
         factor = BACKWARD_FACTOR if name.startswith("gradient") else FORWARD_FACTOR
-        error = relative_error(plain[name], value)
-        bounds[name] = Bound(truth=value, allowed=factor * max(error, torch.finfo(dtype).eps))
+        rounding = torch.finfo(plain[name].dtype).eps if plain[name].is_floating_point() else 0.0
+        bounds[name] = Bound(truth=value, allowed=factor * max(relative_error(plain[name], value), rounding))
     return bounds
 
 
@@ -106,11 +107,11 @@ def judge(errors: Mapping[str, float], bounds: Mapping[str, Bound], *, slack: fl
     )
 
 
-def _widen(inputs: Inputs, gradients: tuple[str, ...], dtype: torch.dtype) -> Inputs:
+def _widen(inputs: Inputs, gradients: tuple[str, ...]) -> Inputs:
     """Copies, because a method may write into its inputs."""
     wide: Inputs = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            value = value.detach().to(WIDER[dtype] if value.is_floating_point() else value.dtype, copy=True)
+            value = value.detach().to(WIDER.get(value.dtype, value.dtype), copy=True)
         wide[name] = value
     return wide | {name: wide[name].requires_grad_() for name in gradients}

@@ -79,9 +79,8 @@ def _case(name: str, sets: set[str], lengths: list[int], *, heads: int, width: i
 def _ours(inputs: Inputs, **switches: bool) -> Tensor:
     if "plan" not in inputs:
         inputs["plan"] = plan_tiles(inputs["cu_seqlens"])
-    if "time_buckets" not in inputs:  # on CUDA the kernel makes them itself
-        of_step = inputs["time_bias"] is not None and inputs["q"].device.type == "cpu"
-        inputs["time_buckets"] = _bucket_times(inputs) if of_step else None
+    if "time_buckets" not in inputs:
+        inputs["time_buckets"] = None if inputs["time_bias"] is None else _bucket_times(inputs)
     made = {name: inputs[name] for name in ("plan", "time_buckets")}
     return hstu_attention(*(inputs[name] for name in ARGUMENTS), **_settings(inputs), **made, **switches)
 
