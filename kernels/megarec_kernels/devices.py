@@ -1,7 +1,14 @@
 """Where a Triton kernel runs."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -12,3 +19,17 @@ def has_kernel(*values: Tensor | None) -> bool:
     return all(value.is_cuda and value.dtype == present[0].dtype for value in present) and (
         present[0].dtype in KERNEL_DTYPES
     )
+
+
+def on_its_device(run: Callable[P, R]) -> Callable[P, R]:
+    """A function that launches kernels, on the device of its first tensor: Triton launches on the current one.
+
+    What autograd runs for it later is on the right device already.
+    """
+
+    @wraps(run)
+    def guarded(*args: P.args, **settings: P.kwargs) -> R:
+        with torch.cuda.device_of(next(value for value in args if isinstance(value, Tensor))):
+            return run(*args, **settings)
+
+    return guarded

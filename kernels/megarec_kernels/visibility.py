@@ -56,20 +56,18 @@ def candidate_suffix(cu_seqlens: Tensor, num_candidates: Tensor, *, group: int, 
     Raises:
         ValueError: a history is shorter than its candidates.
     """
-    lengths = cu_seqlens.diff().long()
-    num_before = lengths - num_candidates * group
-    if num_candidates.shape != lengths.shape or bool((num_before < 0).any()) or bool((num_candidates < 0).any()):
+    lengths, num_behind = cu_seqlens.diff().long(), num_candidates * group
+    if num_behind.shape != lengths.shape or bool((num_behind > lengths).any()) or bool((num_behind < 0).any()):
         raise ValueError("num_candidates must be [B], and no history shorter than its candidates")
-    dead = num_tokens - int(cu_seqlens[-1])
-    history = torch.repeat_interleave(torch.cat([lengths, lengths.new_full((1,), dead)]))
-    first, num_before = (torch.cat([x, x.new_full((1,), int(cu_seqlens[-1]))]) for x in (cu_seqlens[:-1], num_before))
-    index = torch.arange(num_tokens, device=cu_seqlens.device) - first[history]
-    within = index - num_before[history]
+    index, length = _number(cu_seqlens, num_tokens)
+    of_tokens = torch.repeat_interleave(num_behind, lengths)
+    num_before = length - torch.cat([of_tokens, of_tokens.new_zeros(num_tokens - len(of_tokens))])
+    within = index - num_before
     is_candidate = within >= 0
     return Visibility(
-        seen_before=torch.where(is_candidate, num_before[history], index + 1),
+        seen_before=torch.where(is_candidate, num_before, index + 1),
         group_first=torch.where(is_candidate, index - within % group, index),
-        place=torch.where(is_candidate, num_before[history] + within % group, index),
+        place=torch.where(is_candidate, num_before + within % group, index),
     )
 
 

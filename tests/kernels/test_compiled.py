@@ -23,6 +23,13 @@ def test_all_kernels_stay_within_their_bounds(which: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_launched_is_what_is_recorded() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("launches.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_exceeds_its_bound_is_named() -> None:
     spec = importlib.util.spec_from_file_location("compile_kernels", COMPILE)
     assert spec is not None and spec.loader is not None

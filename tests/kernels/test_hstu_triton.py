@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from megarec_kernels.hstu_attention import bucket_times
+from megarec_kernels.hstu_attention import bucket_times, hstu_attention
 from megarec_kernels.hstu_attention.reference import hstu_attention_reference, time_bucket
 from megarec_kernels.tiles import plan_tiles
 from megarec_kernels.visibility import Visibility, candidate_suffix, contextual_prefix, semi_local
@@ -323,6 +323,29 @@ def test_milliseconds_are_refused() -> None:
     x["timestamp"] = torch.tensor([0, 1, 10**12, 0, 0, 0, 0, 0])
     with pytest.raises(ValueError, match="timestamp"):
         attend(x)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_biases_in_parts_are_those_in_one(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs([40, 9, 33], dtype=torch.float32)
+    visibility = VISIBILITIES["candidates"](x) if masked else None
+    whole = outputs_and_gradients(lambda y: attend(y, visibility=visibility), x)
+    monkeypatch.setattr("megarec_kernels.hstu_attention.work.MAX_SUMS", 200)
+    parts = outputs_and_gradients(lambda y: attend(y, visibility=visibility), x)
+    plan = plan_tiles(x["cu_seqlens"])
+    cut = Work(plan, times=None, visibility=visibility).parts(2, 16)
+    assert len(cut) > 2 and all(
+        (part.stop - part.start) * width <= 200 or part.stop - part.start <= 2 for part, width in cut
+    )
+    assert relative_error(parts, whole) <= TOLERANCE
+
+
+def test_timestamps_are_bucketed_once_for_all_layers() -> None:
+    x = make_inputs([5, 3])
+    plan = plan_tiles(x["cu_seqlens"])
+    for _ in range(3):
+        hstu_attention(**x, scale=SCALE, divisor=DIVISOR, plan=plan)  # type: ignore[arg-type]
+    assert len(plan._made) == 1
 
 
 @pytest.mark.parametrize("last_first", [True, False])

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.dropout import WORD, DropoutMask
 from megarec_kernels.dropout.programs import drop_channels
 from megarec_kernels.hashing import signed
@@ -37,6 +38,7 @@ def tile_of(width: int) -> tuple[int, int]:
     return TILE // block, block
 
 
+@on_its_device
 def run_dropout(x: Tensor, mask: DropoutMask, add_to: Tensor | None) -> Tensor:
     """As `dropout`, by the kernel."""
     dropped: Tensor = _Dropout.apply(x, add_to, mask)

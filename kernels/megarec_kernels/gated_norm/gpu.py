@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.dropout import DropoutMask
 from megarec_kernels.dropout.gpu import mask_arguments
 from megarec_kernels.gated_norm import Concat, Over
@@ -39,6 +40,7 @@ class Shape:
         }
 
 
+@on_its_device
 def run_gated_norm(
     u: Tensor,
     attention: Tensor,

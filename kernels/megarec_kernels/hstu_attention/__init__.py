@@ -58,6 +58,7 @@ def hstu_attention(
         query_timestamp: `[T]` int64 seconds, the time at which the query at that token asks; needed by `time_bias`.
         plan: `plan_tiles(cu_seqlens)`, made once and shared by all layers of a step.
         time_buckets: `bucket_times(plan, ...)`, made once and shared by all layers; stands for the two timestamps.
+            A plan keeps what it made of timestamps and of a visibility: they must not be changed in place.
         visibility: which tokens a token sees, and the places that `position_bias` reads distances of; None: all earlier
             ones, and their numbers.
         deterministic: False lets the Triton kernels add the gradient of `q` up in any order, which saves two of seven
@@ -119,4 +120,5 @@ def _buckets_for(
         return time_buckets
     if timestamp is None or query_timestamp is None:
         raise ValueError("time_bias needs timestamp and query_timestamp, or time_buckets")
-    return bucket_times(plan, timestamp, query_timestamp, num_buckets=num_buckets)
+    make = partial(bucket_times, plan, timestamp, query_timestamp, num_buckets=num_buckets)
+    return plan.once(("buckets", timestamp, query_timestamp, num_buckets), make)

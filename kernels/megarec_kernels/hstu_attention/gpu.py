@@ -54,7 +54,8 @@ def attend(
         lambda: Work(plan, times=None if time_buckets is None else time_buckets.of_tokens, visibility=visibility),
     )
     settings = GpuSettings(scale=scale, divisor=divisor, work=work, deterministic=deterministic)
-    out: Tensor = TritonHSTUAttention.apply(*inputs, *biases, settings)
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+        out: Tensor = TritonHSTUAttention.apply(*inputs, *biases, settings)
     return out
 
 
@@ -105,11 +106,7 @@ class _Launch:
             q.new_zeros(1, dtype=torch.float32) if x is None else 0.5 * F.pad(x.float(), (0, MAX_ROWS))
             for x in self.biases
         ]
-        # Triton wants a tensor for every pointer; one that is not read may be any.
-        self.facts = [
-            *float_vectors,
-            *(work.unread if x is None else x for x in (work.cells, *work.token_facts)),
-        ]
+        self.facts = [*float_vectors, work.cells, *work.token_facts]
 
     def forward(self) -> Tensor:
         """The outputs, `[T, N, Hv]`."""
@@ -138,7 +135,7 @@ class _Launch:
             self._run(
                 queries_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
                 grad_q, tasks, *self.facts,
-                 *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
+                *_strides(q, k, v, grad_out, grad_q), *self.factors, ROWS=blocks.rows, KEYS=blocks.keys,
             )  # fmt: skip
         else:
             grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -162,28 +159,27 @@ class _Launch:
         q, k, v = self.inputs
         work, num_heads = self.settings.work, q.shape[1]
         blocks = self._blocks("biases")
-        tasks = work.tasks("queries", num_heads, blocks.rows)
-        num_distances = -(-work.num_places // blocks.rows) * blocks.rows if wanted[0] else 0
-        position_sums = q.new_zeros(len(tasks), num_distances, dtype=torch.float32)
-        time_sums = q.new_empty(len(tasks), NUM_BUCKET_SUMS if wanted[1] else 0, dtype=torch.float32)
-        self._run(
-            biases_kernel, blocks, len(tasks), q, k, v, grad_out, *self._described(blocks.keys, k, v),
-            position_sums, time_sums, tasks,
-            work.plain_tokens(num_heads, blocks.rows), *self.facts, *_strides(q, k, v, grad_out), num_distances,
-            self.factors[0], SIDE=blocks.rows, GRADS=wanted, BUCKETS=NUM_BUCKET_SUMS,
-        )  # fmt: skip
+        tasks, plain = work.tasks("queries", num_heads, blocks.rows), work.plain_tokens(num_heads, blocks.rows)
+        totals = [None if bias is None else torch.zeros_like(bias, dtype=torch.float64) for bias in self.biases]
+        for part, num_distances in work.parts(num_heads, blocks.rows):
+            num_programs, width = part.stop - part.start, num_distances if wanted[0] else 0
+            position_sums = q.new_zeros(num_programs, width, dtype=torch.float32)
+            time_sums = q.new_empty(num_programs, NUM_BUCKET_SUMS if wanted[1] else 0, dtype=torch.float32)
+            self._run(
+                biases_kernel, blocks, num_programs, q, k, v, grad_out, *self._described(blocks.keys, k, v),
+                position_sums, time_sums, tasks[part], plain[part] if self.has[2] else plain, *self.facts,
+                *_strides(q, k, v, grad_out), width, self.factors[0],
+                SIDE=blocks.rows, GRADS=wanted, BUCKETS=NUM_BUCKET_SUMS,
+            )  # fmt: skip
+            for total, sums in zip(totals, (position_sums, time_sums), strict=True):
+                if total is not None:
+                    shared = min(len(total), sums.shape[1])
+                    total[:shared] += sums[:, :shared].sum(dim=0, dtype=torch.float64)
         position, time = (
-            self._bias_gradient(sums, bias) if bias is not None and want else None
-            for sums, bias, want in zip((position_sums, time_sums), self.biases, wanted, strict=True)
+            (total / self.settings.divisor).to(bias.dtype) if total is not None and bias is not None and want else None
+            for total, bias, want in zip(totals, self.biases, wanted, strict=True)
         )
         return position, time
-
-    def _bias_gradient(self, sums: Tensor, bias: Tensor) -> Tensor:
-        total = sums.sum(dim=0, dtype=torch.float64) / self.settings.divisor
-        gradient = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
-        shared = min(len(total), len(bias))
-        gradient[:shared] = total[:shared]
-        return gradient.to(bias.dtype)
 
     def _blocks(self, kernel: Kernel) -> Blocks:
         return choose_blocks(

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megarec_kernels.hstu_attention.reference import time_bucket
+from megarec_kernels.hstu_attention.reference import LOG_WIDTH, time_bucket
 from megarec_kernels.tiles import AttentionPlan
 
 FARTHEST = (1 << 30) - 1  # seconds from the first event of a history, 34 years: a difference of two fits in 31 bits
@@ -104,7 +104,7 @@ def time_cells(num_buckets: int) -> Tensor:
     belongs = near.float() >= edge[:, None]
     least = torch.where(belongs, near, NEVER).amin(dim=1)
     bucket = time_bucket(least, num_buckets)
-    begins = (0.301 * torch.arange(1, num_buckets + 2, dtype=torch.float64)).exp().clamp(max=2.0**32)
+    begins = (LOG_WIDTH * torch.arange(1, num_buckets + 2, dtype=torch.float64)).exp().clamp(max=2.0**32)
     near = begins.long()[:, None] + torch.arange(-2, 3)  # the logarithm of a whole number may round either way
     reached = time_bucket(near, num_buckets + 1) >= torch.arange(1, num_buckets + 2)[:, None]
     begins = torch.where(reached, near, 1 << 40).amin(dim=1).clamp(max=NEVER)

@@ -71,7 +71,7 @@ def _variant(
     for name in ("q_rows", "k_rows", "v_rows", "grad_out_rows"):
         if name in types:
             rows = blocks.rows if kernel == "keys" else blocks.keys
-            types[name] = f"tensordesc<{dtype}[{rows},{width}]>"
+            types[name] = f"tensordesc<{dtype}[{rows}, {width}]>"
     words = [f"d{width}", dtype, *(["biases"] if biases == BOTH else ["position bias"] if any(biases) else [])]
     flags = {"visibility": visibility, "short": short, "atomic": atomic}
     return Variant(
@@ -79,7 +79,7 @@ def _variant(
         kernel=function,
         types=types,
         constants={name: value for name, value in constants.items() if name in function.arg_names},
-        aligned=frozenset(name for name, kind in types.items() if kind[0] in "*i"),
+        aligned=frozenset(name for name, kind in types.items() if _is_aligned(name, kind, width)),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
@@ -94,4 +94,11 @@ def _type_of(name: str, dtype: str, atomic: bool) -> str:
         return "*i32"
     if name in ("position_bias", "time_bias", "position_sums", "time_sums"):
         return "*fp32"
-    return "fp32" if name in ("half_scale", "inverse_divisor") else "i64"
+    return "fp32" if name in ("half_scale", "inverse_divisor") else "i32"
+
+
+def _is_aligned(name: str, kind: str, width: int) -> bool:
+    """Whether it is a multiple of 16, if q, k and v are views of packed rows, as those of a block are."""
+    if name in ("q", "k", "v") or name.endswith(("_row", "_head")):
+        return width % 16 == 0
+    return kind.startswith("*") or name == "num_distances"

@@ -1,6 +1,5 @@
 """What the Triton kernels are launched with, made once per pack: programs in a good order, and times as cells."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 from megarec_kernels.hstu_attention.times import PairTimes
 from megarec_kernels.tiles import TilePlan
 from megarec_kernels.visibility import Visibility
+
+MAX_SUMS = 1 << 26  # 256 MB: 4,096 programs for histories of 16,384 tokens
 
 
 class Work:
@@ -23,17 +24,16 @@ class Work:
         num_tokens: of all histories; those behind are dead.
         max_length: of a history.
         num_places: one more than the greatest distance between two tokens.
-        unread: a tensor to be passed for one that is not read.
-        cells: the table by which times find their bucket, or None.
-        token_facts: `[T]` int32 on the device, or None where not needed: when it asks, when it happened, and
+        unread: int64, stands for what is not read.
+        cells: the table by which times find their bucket.
+        token_facts: `[T]` int32 on the device, or anything where not needed: when it asks, when it happened, and
             `seen_before`, `group_first`, `place` of the visibility.
     """
 
     def __init__(self, plan: TilePlan, *, times: PairTimes | None, visibility: Visibility | None) -> None:
-        self.bounds, self.device = plan.bounds, plan.cu_seqlens.device
+        self.plan, self.bounds, self.device = plan, plan.bounds, plan.cu_seqlens.device
         self.visibility = visibility
         self.num_tokens, self.max_length = plan.num_tokens, plan.max_length
-        self.cells = None if times is None else times.cells
         self.num_places = self.max_length
         self.seen_before = self.group_first = self.place = None
         if visibility is not None:
@@ -42,16 +42,39 @@ class Work:
             places = visibility.place[: self.num_tokens]
             self.num_places = max(self.max_length, int(places.max()) + 1 if len(places) else 0)
         times_of_tokens = (None, None) if times is None else (times.asked, times.happened)
-        self.token_facts = *times_of_tokens, self.seen_before, self.group_first, self.place
-        self.unread = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._made: dict[tuple[object, ...], Tensor] = {}
+        facts = *times_of_tokens, self.seen_before, self.group_first, self.place
+        # Triton wants a tensor for every pointer; one that is not read may be any.
+        self.unread = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.cells = self.unread if times is None else times.cells
+        self.token_facts = tuple(self.unread.int() if x is None else x for x in facts)
 
     def tasks(self, kind: Literal["queries", "keys"], num_heads: int, block: int) -> Tensor:
         """The programs over blocks of queries or of keys, see `order_tasks`."""
-        return self._once(
+        return self.plan.once(
             ("tasks", kind, num_heads, block),
-            lambda: order_tasks(self.bounds, num_heads=num_heads, block=block, last_first=kind == "queries"),
+            lambda: order_tasks(self.bounds, num_heads=num_heads, block=block, last_first=kind == "queries").to(
+                self.device
+            ),
         )
+
+    def parts(self, num_heads: int, block: int) -> list[tuple[slice, int]]:
+        """The programs over blocks of queries in parts, and how many distances the pairs of each part have.
+
+        A row of so many fp32 sums for each program of a part takes at most `MAX_SUMS` numbers, or is that of two.
+        """
+
+        def cut() -> list[tuple[slice, int]]:
+            lengths: list[int] = self.tasks("queries", num_heads, block)[:, 1].tolist()
+            parts, first = [], 0
+            while first < len(lengths):
+                reach = lengths[first] if self.visibility is None else self.num_places
+                num_distances = -(-reach // block) * block
+                count = max(2, MAX_SUMS // num_distances // 2 * 2)  # even: what has one number a program stays aligned
+                parts.append((slice(first, min(first + count, len(lengths))), num_distances))
+                first += count
+            return parts
+
+        return self.plan.once(("parts", self.visibility, num_heads, block), cut)
 
     def plain_tokens(self, num_heads: int, block: int) -> Tensor:
         """For each program over a block of queries, how many first tokens of its history are plain."""
@@ -62,24 +85,21 @@ class Work:
         def count() -> Tensor:
             tasks = self.tasks("queries", num_heads, block).cpu()
             history = torch.searchsorted(torch.tensor(self.bounds), tasks[:, 0].contiguous(), right=True) - 1
-            return plain_tokens(self.bounds, visibility)[history]
+            return plain_tokens(self.bounds, visibility)[history].to(self.device)
 
-        return self._once(("plain", num_heads, block), count)
+        return self.plan.once(("plain", visibility, num_heads, block), count)
 
     def reach_of_keys(self, num_heads: int, block: int, rows: int) -> Tensor:
         """For each program over a block of keys, which queries see it, see `reach_of_keys`."""
         if self.visibility is None:
             return self.unread
         visibility = self.visibility
-        return self._once(
-            ("reach", num_heads, block, rows),
-            lambda: reach_of_keys(self.tasks("keys", num_heads, block).cpu(), visibility, block=block, rows=rows),
-        )
 
-    def _once(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._made:
-            self._made[key] = make().to(self.device)
-        return self._made[key]
+        def find() -> Tensor:
+            tasks = self.tasks("keys", num_heads, block).cpu()
+            return reach_of_keys(tasks, visibility, block=block, rows=rows).to(self.device)
+
+        return self.plan.once(("reach", visibility, num_heads, block, rows), find)
 
 
 def order_tasks(cu_seqlens: list[int], *, num_heads: int, block: int, last_first: bool) -> Tensor:

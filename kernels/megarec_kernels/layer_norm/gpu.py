@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.dropout import DropoutMask
 from megarec_kernels.dropout.gpu import mask_arguments
 from megarec_kernels.layer_norm.programs import norm_rows, norm_rows_backward
@@ -22,12 +23,14 @@ def tile_of(width: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, block // (32 * ELEMENTS_PER_THREAD))}
 
 
+@on_its_device
 def run_layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, *, eps: float) -> Tensor:
     """As `layer_norm`, by the kernels."""
     normed: Tensor = _Norm.apply(x, None, scale, shift, (eps, None))[1]
     return normed
 
 
+@on_its_device
 def run_add_layer_norm(
     x: Tensor, y: Tensor | None, scale: Tensor | None, shift: Tensor | None, *, eps: float, mask: DropoutMask | None
 ) -> tuple[Tensor, Tensor]:

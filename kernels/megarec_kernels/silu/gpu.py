@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.silu import SiluOn, UvqkLayout
 from megarec_kernels.silu.programs import linear_silu_tile, pack_gradients
 
@@ -33,6 +34,7 @@ def product_tile_of(dtype: torch.dtype, num_columns: int, in_width: int) -> dict
     return {**shape, "num_warps": warps, "num_stages": 3}
 
 
+@on_its_device
 def run_split_silu(uvqk: Tensor, layout: UvqkLayout, *, silu_on: SiluOn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `split_silu`, with the gradient by the kernel."""
     u, v, q, k = _SplitSilu.apply(uvqk, layout, silu_on)
@@ -78,6 +80,7 @@ class _SplitSilu(torch.autograd.Function):
         return packed, None, None
 
 
+@on_its_device
 def run_linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `linear_silu`, by the kernel."""
     activated: Tensor = _LinearSilu.apply(x, weight, bias)

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.softmax_cross_entropy import Correction
 from megarec_kernels.softmax_cross_entropy.programs import exponentials_tile, log_sum_exp_tile, row_losses
 
@@ -29,6 +30,7 @@ def product_tile_of(dtype: torch.dtype, width: int) -> dict[str, Any]:
     return {**shape, "num_warps": 8, "num_stages": 3}
 
 
+@on_its_device
 def launch_losses(
     products: Tensor,
     *,
@@ -60,6 +62,7 @@ def launch_losses(
     return loss, products
 
 
+@on_its_device
 def launch_exponentials(products: Tensor, log_sum: Tensor) -> Tensor:
     """As `exponentials`."""
     assert products.is_contiguous()
@@ -70,6 +73,7 @@ def launch_exponentials(products: Tensor, log_sum: Tensor) -> Tensor:
     return products
 
 
+@on_its_device
 def launch_log_sum_exp(query: Tensor, items: Tensor) -> Tensor:
     """As `log_sum_exp`: parts of the items side by side, brought together in order."""
     query, items = query.contiguous(), items.contiguous()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.hashing import signed
 from megarec_kernels.table_rows import RowUpdate, programs
 
@@ -48,6 +49,7 @@ def reducing_tile_of(width: int) -> dict[str, int]:
     return {"ROWS": min(SPAN, max(1, 8192 // block)), "BLOCK": block, "num_warps": 8}
 
 
+@on_its_device
 def run_sum_bags(table: Tensor, index: Tensor) -> Tensor:
     """As `sum_bags`."""
     index, num_slots = index.contiguous(), index.shape[-1]
@@ -58,11 +60,13 @@ def run_sum_bags(table: Tensor, index: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def run_add_by_row(total: Tensor, grad: Tensor, index: Tensor) -> None:
     """As `add_by_row`."""
     _sum_segments(sort_slots(index, total.shape[0]), grad, values=total, kind="add", arguments=_no_update())
 
 
+@on_its_device
 def run_sum_by_row(values: Tensor, rows: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     """As `sum_by_row`; the host waits for the number of distinct rows, which is a shape."""
     distinct, number = torch.unique_consecutive(rows, return_inverse=True)
@@ -72,6 +76,7 @@ def run_sum_by_row(values: Tensor, rows: Tensor, source: Tensor) -> tuple[Tensor
     return distinct, sums
 
 
+@on_its_device
 def run_update_bags(
     values: Tensor, state: dict[str, Tensor], *, index: Tensor, grad: Tensor, update: RowUpdate
 ) -> None:
@@ -80,6 +85,7 @@ def run_update_bags(
     _sum_segments(segments, grad, values=values, kind=update.kind, arguments=update_arguments(state, update, grad))
 
 
+@on_its_device
 def run_update_rows(values: Tensor, state: dict[str, Tensor], *, rows: Tensor, grad: Tensor, update: RowUpdate) -> None:
     """As `update_rows`."""
     tile = tile_of(values.shape[1])

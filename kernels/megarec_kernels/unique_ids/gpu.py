@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megarec_kernels.devices import on_its_device
 from megarec_kernels.unique_ids.programs import count_words, mark_ids, rank_ids
 from megarec_kernels.unique_ids.reference import sort_unique
 
@@ -11,6 +12,7 @@ BITS_PER_ID = 256  # up to this many bits per id at hand, a pass over all words 
 BLOCK = 1024
 
 
+@on_its_device
 def run_find_unique(ids: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
     """As `find_unique`, by the bitmap or by a sort."""
     if num_ids <= BITS_PER_ID * ids.numel():
